@@ -1,0 +1,119 @@
+"""The clipped PPO objective for action chunks, with a critic that cannot move the backbone."""
+
+from typing import Literal, NamedTuple, get_args
+
+import torch
+from jaxtyping import Bool, Float
+from torch import Tensor
+
+Scalar = Float[Tensor, ""]
+Reduction = Literal["elementwise", "sum", "mean", "sqrt"]
+
+
+class PPOLoss(NamedTuple):
+    """What one minibatch produced; only ``total`` carries a gradient."""
+
+    total: Scalar
+    policy: Scalar
+    value: Scalar
+    clip_fraction: Scalar
+    ratio_error: Scalar
+    """Largest |ratio - 1| of a valid entry: 0 before the first step of an update, or something is wrong."""
+
+
+def chunk_log_ratio(
+    log_prob: Float[Tensor, "M H K"],
+    old_log_prob: Float[Tensor, "M H K"],
+    mask: Bool[Tensor, "M H K"],
+    reduction: Reduction,
+) -> tuple[Float[Tensor, "M *entries"], Bool[Tensor, "M *entries"]]:
+    """Log-ratios on which the clip acts, and which of them count.
+
+    ``sum`` is the chunk's own log-ratio (Qwen-VLA's), ``mean`` and ``sqrt`` divide it by n and sqrt(n)
+    valid entries, ``elementwise`` keeps one ratio and one clip per entry. The choice decides what a clip of
+    0.2 means: with 112 entries, each shifted by 0.05 s, ``sum`` puts 71% of the ratios outside 1 +- 0.2 and
+    ``mean`` none.
+    """
+    log_ratio = (log_prob - old_log_prob) * mask
+    if reduction == "elementwise":
+        return log_ratio, mask
+    num_valid = mask.sum(dim=(1, 2))
+    total = log_ratio.sum(dim=(1, 2))
+    if reduction == "mean":
+        total = total / num_valid.clamp(min=1)
+    elif reduction == "sqrt":
+        total = total / num_valid.clamp(min=1).sqrt()
+    elif reduction != "sum":
+        raise ValueError(f"reduction is {reduction!r}; it must be one of {', '.join(get_args(Reduction))}.")
+    return total, num_valid > 0
+
+
+def ppo_loss(
+    *,
+    log_prob: Float[Tensor, "M H K"],
+    old_log_prob: Float[Tensor, "M H K"],
+    mask: Bool[Tensor, "M H K"],
+    advantage: Float[Tensor, " M"],
+    value: Float[Tensor, " M"],
+    old_value: Float[Tensor, " M"],
+    value_target: Float[Tensor, " M"],
+    reduction: Reduction,
+    clip_epsilon: float,
+    value_clip: float | None,
+    value_coef: float,
+) -> PPOLoss:
+    """PPO-clip and the clipped value error (arXiv:1707.06347, eqs. 7 and 9).
+
+    One row is one decision, that is one action chunk with a single advantage.
+
+    Args:
+        log_prob: of every entry of the stored transition, under the current policy.
+        old_log_prob: the same under the policy that collected it.
+        mask: valid entries: no padding, and executed.
+        advantage: already normalised over the whole batch, if it should be.
+        value: critic output on detached features.
+        old_value: critic output when the decision was taken.
+        value_target: GAE return.
+        reduction: see `chunk_log_ratio`.
+        clip_epsilon: half-width of the trust region on the ratio, in (0, 1).
+        value_clip: the value may move this far from ``old_value`` before its gradient stops; None never.
+        value_coef: weight of the value error in ``total``.
+    """
+    log_ratio, counts = chunk_log_ratio(log_prob, old_log_prob, mask, reduction)
+    ratio = log_ratio.exp()
+    clipped = ratio.clamp(1 - clip_epsilon, 1 + clip_epsilon)
+    weight = advantage.reshape(-1, *[1] * (ratio.ndim - 1))
+    num_counted = counts.sum().clamp(min=1)
+    policy = -(torch.minimum(ratio * weight, clipped * weight) * counts).sum() / num_counted
+
+    error = (value - value_target).square()
+    if value_clip is not None:
+        near_old = old_value + (value - old_value).clamp(-value_clip, value_clip)
+        error = torch.maximum(error, (near_old - value_target).square())
+    value_error = 0.5 * error.mean()
+
+    away = (ratio - 1).abs() * counts
+    return PPOLoss(
+        total=policy + value_coef * value_error,
+        policy=policy.detach(),
+        value=value_error.detach(),
+        clip_fraction=((away > clip_epsilon).sum() / num_counted).detach(),
+        ratio_error=away.max().detach(),
+    )
+
+
+def normalize_advantage(
+    advantage: Float[Tensor, "..."], valid: Bool[Tensor, "..."]
+) -> Float[Tensor, "..."]:
+    """Zero mean and unit variance over the valid decisions of the whole batch; 0 elsewhere."""
+    chosen = advantage[valid]
+    scale = chosen.std(correction=0) + 1e-8
+    return torch.where(valid, (advantage - chosen.mean()) / scale, 0.0)
+
+
+def explained_variance(prediction: Float[Tensor, " M"], target: Float[Tensor, " M"]) -> float:
+    """1 - Var(target - prediction) / Var(target): 1 is a perfect critic, 0 a constant one."""
+    variance = target.var(correction=0)
+    if variance == 0:
+        return float("nan")
+    return float(1 - (target - prediction).var(correction=0) / variance)

@@ -1,0 +1,283 @@
+"""What a world is: the `VecEnv` Protocol, the conventions it declares, and the records that cross its border.
+
+Axes: B rows (the slots named in a call), H actions in a chunk, A action channels, S state channels, h and w
+pixels. Everything that travels is numpy, so a world may live in another process or another interpreter.
+"""
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field
+from typing import Any, NamedTuple, Protocol, runtime_checkable
+
+import numpy as np
+from jaxtyping import Bool, Float, Float32, Int64, UInt8
+
+FIRST_TRAINING_STATE = 1_000_000
+"""Initial states are integers. Those below are the enumerated, held-back evaluation states of a suite;
+training draws its states from here to `LAST_TRAINING_STATE`, so the two never meet."""
+
+LAST_TRAINING_STATE = 2**31 - 1
+
+
+@dataclass(frozen=True, kw_only=True)
+class ActionComponent:
+    """A run of action channels with one meaning. Compared between policy and world before anything runs."""
+
+    name: str
+    size: int
+    convention: str
+    """What a number means: "delta" or "absolute", frame, rotation convention, sign of the gripper."""
+    low: float
+    high: float
+
+
+@dataclass(frozen=True, kw_only=True)
+class Camera:
+    name: str
+    height: int
+    width: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class EnvSpec:
+    """The conventions of a world. A policy trained under others would waste days; so they are compared."""
+
+    suite: str
+    task: str
+    robot: str
+    """In the words of the embodiment prompt, for example "Franka Panda"."""
+    arms: str = "single arm"
+    action: tuple[ActionComponent, ...]
+    cameras: tuple[Camera, ...]
+    state_names: tuple[str, ...] = ()
+    control_hz: float
+    chunk_size: int
+    """H: actions the policy commits to at each decision."""
+    max_episode_steps: int
+    num_evaluation_states: int
+    deterministic: bool = True
+    """Whether initial state and actions fix the episode bit for bit."""
+
+    @property
+    def action_size(self) -> int:
+        return sum(component.size for component in self.action)
+
+    @property
+    def state_size(self) -> int:
+        return len(self.state_names)
+
+    @property
+    def max_decisions(self) -> int:
+        """T: decisions in the longest episode."""
+        return -(-self.max_episode_steps // self.chunk_size)
+
+    def action_names(self) -> list[str]:
+        return [f"{c.name}.{i}" if c.size > 1 else c.name for c in self.action for i in range(c.size)]
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain JSON, for policy folders and datasets."""
+        return asdict(self)
+
+    @staticmethod
+    def from_dict(data: dict[str, Any]) -> "EnvSpec":
+        return EnvSpec(
+            **{
+                **data,
+                "action": tuple(ActionComponent(**c) for c in data["action"]),
+                "cameras": tuple(Camera(**c) for c in data["cameras"]),
+                "state_names": tuple(data["state_names"]),
+            }
+        )
+
+
+@dataclass(frozen=True)
+class Observation:
+    """What the policy sees at a decision."""
+
+    images: dict[str, UInt8[np.ndarray, "B h w 3"]]
+    instruction: list[str]
+    state: Float32[np.ndarray, "B S"] | None = None
+
+    def __len__(self) -> int:
+        return len(self.instruction)
+
+    def row(self, i: int) -> "Observation":
+        return self.take([i])
+
+    def take(self, rows: Sequence[int] | np.ndarray) -> "Observation":
+        index = np.asarray(rows, dtype=np.int64)
+        return Observation(
+            images={name: image[index] for name, image in self.images.items()},
+            instruction=[self.instruction[i] for i in index],
+            state=None if self.state is None else self.state[index],
+        )
+
+    @staticmethod
+    def concatenate(parts: Sequence["Observation"]) -> "Observation":
+        first = parts[0]
+        return Observation(
+            images={name: np.concatenate([p.images[name] for p in parts]) for name in first.images},
+            instruction=[text for p in parts for text in p.instruction],
+            state=None if first.state is None else np.concatenate([p.state for p in parts if p.state is not None]),
+        )
+
+
+@dataclass(frozen=True)
+class ChunkResult:
+    """What happened while one chunk ran in each named slot."""
+
+    observation: Observation
+    """At the chunk boundary, before any reset: of an episode that ended it is the final observation.
+
+    Rows that terminated may hold zero images, because nothing bootstraps from them and a render costs more
+    than the physics of a whole chunk. Rows that were truncated are always rendered.
+    """
+    reward: Float32[np.ndarray, " B"]
+    terminated: Bool[np.ndarray, " B"]
+    truncated: Bool[np.ndarray, " B"]
+    success: Bool[np.ndarray, " B"]
+    executed_steps: Int64[np.ndarray, " B"]
+    """Actions that ran before the episode ended, in [1, H]."""
+
+    @property
+    def done(self) -> Bool[np.ndarray, " B"]:
+        return self.terminated | self.truncated
+
+    @staticmethod
+    def concatenate(parts: Sequence["ChunkResult"]) -> "ChunkResult":
+        return ChunkResult(
+            observation=Observation.concatenate([p.observation for p in parts]),
+            reward=np.concatenate([p.reward for p in parts]),
+            terminated=np.concatenate([p.terminated for p in parts]),
+            truncated=np.concatenate([p.truncated for p in parts]),
+            success=np.concatenate([p.success for p in parts]),
+            executed_steps=np.concatenate([p.executed_steps for p in parts]),
+        )
+
+
+class Demonstration(NamedTuple):
+    """One episode of a scripted expert, a frame before every action."""
+
+    images: dict[str, UInt8[np.ndarray, "L h w 3"]]
+    state: Float32[np.ndarray, "L S"] | None
+    action: Float32[np.ndarray, "L A"]
+    instruction: str
+    success: bool
+
+
+@runtime_checkable
+class VecEnv(Protocol):
+    """A fixed number of simulators ("slots") of one suite. Episodes are restarted by the caller, never here."""
+
+    spec: EnvSpec
+    num_envs: int
+
+    def reset(self, slots: Sequence[int], initial_states: Sequence[int]) -> Observation:
+        """Start an episode in each named slot. Equal initial states give equal episodes, in any slot."""
+        ...
+
+    def step_chunk(self, slots: Sequence[int], actions: Float[np.ndarray, "B H A"]) -> ChunkResult:
+        """Run one chunk in each named slot, in env units; stops at the step that ends the episode.
+
+        Actions are clipped to the declared range. Raises RuntimeError for a slot whose episode is over.
+        """
+        ...
+
+    def close(self) -> None: ...
+
+
+@runtime_checkable
+class Demonstrator(Protocol):
+    """A world that has a scripted expert."""
+
+    def demonstrate(self, initial_state: int, seed: int) -> Demonstration:
+        """One noisy expert episode from a training state; may fail, and says so."""
+        ...
+
+
+@runtime_checkable
+class Filmable(Protocol):
+    """A world that can be watched: a frame for people, of any size, at every step."""
+
+    def film(self, slot: int) -> UInt8[np.ndarray, "h w 3"]: ...
+
+
+@dataclass(frozen=True)
+class Mismatch:
+    """One convention on which two sides differ."""
+
+    field: str
+    expected: str
+    found: str
+
+
+def compare_specs(policy: EnvSpec, world: EnvSpec) -> list[Mismatch]:
+    """Every convention that must be equal for a policy to act in a world, and is not.
+
+    Task, suite, step limit and robot name may differ: transfer is what evaluation measures.
+    """
+    found: list[Mismatch] = []
+
+    def check(name: str, a: object, b: object) -> None:
+        if a != b:
+            found.append(Mismatch(name, str(a), str(b)))
+
+    check("number of action channels", policy.action_size, world.action_size)
+    if policy.action_size == world.action_size:
+        check("action components", [c.name for c in policy.action], [c.name for c in world.action])
+        for a, b in zip(policy.action, world.action, strict=False):
+            if a.name == b.name:
+                check(f"action {a.name}: convention", a.convention, b.convention)
+                check(f"action {a.name}: range", (a.low, a.high), (b.low, b.high))
+    check("cameras", [c.name for c in policy.cameras], [c.name for c in world.cameras])
+    for a, b in zip(policy.cameras, world.cameras, strict=False):
+        check(f"camera {a.name}: height x width", (a.height, a.width), (b.height, b.width))
+    check("state channels", list(policy.state_names), list(world.state_names))
+    check("control frequency (Hz)", policy.control_hz, world.control_hz)
+    check("chunk size H", policy.chunk_size, world.chunk_size)
+    return found
+
+
+def require_match(policy: EnvSpec, world: EnvSpec, *, left: str = "policy", right: str = "suite") -> None:
+    """Raise ValueError with both sides as a table when `compare_specs` finds a difference."""
+    mismatches = compare_specs(policy, world)
+    if not mismatches:
+        return
+    rows = [("convention", left, right), *((m.field, m.expected, m.found) for m in mismatches)]
+    widths = [max(len(row[i]) for row in rows) for i in range(3)]
+    table = "\n".join("  " + "  ".join(c.ljust(w) for c, w in zip(row, widths, strict=True)).rstrip() for row in rows)
+    raise ValueError(
+        f"the {left} and the {right} use different conventions:\n{table}\n"
+        f"Choose a suite with the {left}'s conventions, or train a {left} under the {right}'s."
+    )
+
+
+@dataclass(kw_only=True)
+class SuiteConfig:
+    """What every suite is configured with. YAML values: configs/suite/*.yaml."""
+
+    name: str = "toy"
+    """Key of `rlvla_envs.suites.SUITES`."""
+    task: str = "gate"
+    instruction: str | None = None
+    """Replaces the task's own instruction."""
+    chunk_size: int = 8
+    """H: actions between two looks of the policy. Longer is cheaper to simulate and reacts later."""
+    max_episode_steps: int = 48
+    """Step limit; reaching it truncates the episode."""
+    image_size: int = 64
+    """Height and width in pixels of what the policy sees."""
+    num_evaluation_states: int = 1000
+    """How many enumerated, held-back initial states the suite offers."""
+    options: dict[str, Any] = field(default_factory=dict)
+    """Of this suite alone; each suite names and checks its own."""
+
+    def __post_init__(self) -> None:
+        if self.chunk_size < 1:
+            raise ValueError(f"suite.chunk_size is {self.chunk_size}; it must be at least 1. Usual: 8 or 16.")
+        if self.max_episode_steps < 1:
+            raise ValueError(f"suite.max_episode_steps is {self.max_episode_steps}; it must be at least 1.")
+        if not 1 <= self.num_evaluation_states <= FIRST_TRAINING_STATE:
+            raise ValueError(
+                f"suite.num_evaluation_states is {self.num_evaluation_states}; it must lie in "
+                f"[1, {FIRST_TRAINING_STATE}], above which training states begin."
+            )

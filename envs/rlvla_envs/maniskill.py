@@ -1,0 +1,253 @@
+"""ManiSkill tabletop tasks on the CPU, rendered only where the policy looks.
+
+One ManiSkill environment a slot (physx_cpu simulates one scene), any built-in tabletop task by its id. The
+measured facts behind the choices here are in docs/architecture.md#maniskill.
+"""
+
+import contextlib
+import difflib
+import os
+import re
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import numpy as np
+
+from rlvla_envs.base import (
+    ActionComponent,
+    Camera,
+    ChunkResult,
+    Demonstration,
+    EnvSpec,
+    Observation,
+    SuiteConfig,
+)
+
+INSTRUCTIONS = {
+    "PushCube-v1": "push the blue cube onto the red and white target",
+    "PullCube-v1": "pull the blue cube onto the red and white target",
+    "PickCube-v1": "pick up the red cube and hold it at the goal",
+    "StackCube-v1": "stack the red cube on the green cube",
+    "LiftPegUpright-v1": "lift the peg upright",
+    "PokeCube-v1": "poke the cube with the peg",
+    "RollBall-v1": "roll the ball into the goal",
+    "PlaceSphere-v1": "place the sphere into the bin",
+    "PegInsertionSide-v1": "insert the peg into the hole",
+    "PlugCharger-v1": "plug the charger into the receptacle",
+}
+
+# The range is that of the normalised action; the conventions are those of ManiSkill's PDEEPoseController.
+# The sign of the rotation is its own: it multiplies by rot_lower, which is negative.
+PANDA_ACTION = (
+    ActionComponent(
+        name="translation", size=3, convention="delta, robot base frame, 1 is 0.1 m", low=-1.0, high=1.0
+    ),
+    ActionComponent(
+        name="rotation",
+        size=3,
+        convention="delta, Euler XYZ about base-aligned axes, 1 is -0.1 rad, clipped by norm",
+        low=-1.0,
+        high=1.0,
+    ),
+    ActionComponent(name="gripper", size=1, convention="absolute, 1 open, -1 closed", low=-1.0, high=1.0),
+)
+
+OPTIONS = {"camera", "shader", "render_backend", "sim_backend", "render_every_step"}
+
+
+class ManiSkillEnv:
+    """A `VecEnv` over ManiSkill's built-in tabletop tasks with a Panda arm and `pd_ee_delta_pose`.
+
+    ``config.options``:
+        camera: {eye: [3], target: [3], fov: radians} for the task's ``base_camera``; the task's own if absent.
+        shader: ManiSkill shader pack; "minimal" (default) is the fastest.
+        sim_backend, render_backend: "physx_cpu" and "cpu" by default.
+        render_every_step: render after every action as ManiSkill does, for benchmarks only.
+    """
+
+    def __init__(self, config: SuiteConfig, num_envs: int) -> None:
+        unknown = set(config.options) - OPTIONS
+        if unknown:
+            close = difflib.get_close_matches(min(unknown), OPTIONS, n=1)
+            raise ValueError(
+                f"suite.options has {', '.join(sorted(unknown))}, which maniskill does not know."
+                + (f" Did you mean {close[0]!r}?" if close else "")
+                + f" Options: {', '.join(sorted(OPTIONS))}."
+            )
+        self.num_envs = num_envs
+        self._instruction = config.instruction or INSTRUCTIONS.get(config.task) or _words(config.task)
+        self._render_every_step = bool(config.options.get("render_every_step", False))
+        self._envs = [_make(config) for _ in range(num_envs)]
+        self._elapsed = np.zeros(num_envs, dtype=np.int64)
+        self._over = np.ones(num_envs, dtype=np.bool_)
+        self._max_steps = config.max_episode_steps
+        first = self._envs[0]
+        self.spec = EnvSpec(
+            suite=config.name,
+            task=config.task,
+            robot="Franka Panda",
+            action=PANDA_ACTION,
+            cameras=tuple(
+                Camera(name=name, height=sensor.config.height, width=sensor.config.width)
+                for name, sensor in first._sensors.items()
+            ),
+            state_names=tuple(self._state(first)[1]),
+            control_hz=float(first.control_freq),
+            chunk_size=config.chunk_size,
+            max_episode_steps=config.max_episode_steps,
+            num_evaluation_states=config.num_evaluation_states,
+        )
+
+    def reset(self, slots: Sequence[int], initial_states: Sequence[int]) -> Observation:
+        for slot, state in zip(slots, initial_states, strict=True):
+            env = self._envs[slot]
+            with _without_rendering(env):
+                env.reset(seed=int(state))
+            self._elapsed[slot] = 0
+            self._over[slot] = False
+        return Observation.concatenate([self._observe(slot) for slot in slots])
+
+    def step_chunk(self, slots: Sequence[int], actions: np.ndarray) -> ChunkResult:
+        return ChunkResult.concatenate(
+            [self._step_one(slot, chunk) for slot, chunk in zip(slots, actions, strict=True)]
+        )
+
+    def close(self) -> None:
+        for env in self._envs:
+            env.close()
+
+    def film(self, slot: int) -> np.ndarray:
+        frame: np.ndarray = self._envs[slot].render_rgb_array()[0].cpu().numpy()
+        return frame
+
+    def demonstrate(self, initial_state: int, seed: int) -> Demonstration:
+        """An expert episode in slot 0, with a frame before every action. See `maniskill_experts`."""
+        from rlvla_envs.maniskill_experts import make_expert
+
+        env, rng = self._envs[0], np.random.default_rng(seed)
+        expert = make_expert(self.spec.task, env, rng)
+        observation = self.reset([0], [initial_state])
+        frames, actions = [observation], []
+        while True:
+            action = np.clip(expert.act(), -1.0, 1.0).astype(np.float32)
+            actions.append(action)
+            result = self.step_chunk([0], action[None, None])
+            if result.done[0]:
+                break
+            frames.append(result.observation)
+        episode = Observation.concatenate(frames)
+        return Demonstration(
+            episode.images, episode.state, np.stack(actions), self._instruction, bool(result.success[0])
+        )
+
+    def _step_one(self, slot: int, chunk: np.ndarray) -> ChunkResult:
+        if self._over[slot]:
+            raise RuntimeError(f"slot {slot} of {self.spec.task} has no running episode; reset it first.")
+        env = self._envs[slot]
+        terminated = success = False
+        executed = 0
+        for action in np.clip(chunk, -1.0, 1.0).astype(np.float32):
+            # ManiSkill's own step() would render, which costs as much as 15 control steps of physics.
+            env._step_action(action)
+            env._elapsed_steps += 1
+            self._elapsed[slot] += 1
+            executed += 1
+            info = env.evaluate()
+            success = bool(info["success"])
+            terminated = success or bool(info.get("fail", False))
+            if self._render_every_step:
+                env._get_obs_sensor_data()
+            if terminated or self._elapsed[slot] >= self._max_steps:
+                break
+        truncated = not terminated and bool(self._elapsed[slot] >= self._max_steps)
+        self._over[slot] = terminated or truncated
+        return ChunkResult(
+            observation=self._observe(slot, blank=terminated),
+            reward=np.array([float(success)], dtype=np.float32),
+            terminated=np.array([terminated]),
+            truncated=np.array([truncated]),
+            success=np.array([success]),
+            executed_steps=np.array([executed], dtype=np.int64),
+        )
+
+    def _observe(self, slot: int, *, blank: bool = False) -> Observation:
+        env = self._envs[slot]
+        if blank:
+            images = {c.name: np.zeros((1, c.height, c.width, 3), dtype=np.uint8) for c in self.spec.cameras}
+        else:
+            sensors = env._get_obs_sensor_data()
+            # The tensor is the renderer's own buffer, overwritten by the next picture: copy.
+            images = {name: np.array(data["rgb"].cpu().numpy()) for name, data in sensors.items()}
+        state, _ = self._state(env)
+        return Observation(images=images, instruction=[self._instruction], state=state[None])
+
+    @staticmethod
+    def _state(env: Any) -> tuple[np.ndarray, list[str]]:
+        """Proprioception and what the task itself publishes beside images; nothing privileged."""
+        parts = {"qpos": env.agent.robot.get_qpos(), **env._get_obs_extra(env.get_info())}
+        values, names = [], []
+        for name, part in parts.items():
+            flat = np.asarray(part.cpu().numpy(), dtype=np.float32).reshape(-1)
+            values.append(flat)
+            names += [f"{name}.{i}" for i in range(len(flat))] if len(flat) > 1 else [name]
+        return np.concatenate(values), names
+
+
+@contextlib.contextmanager
+def _without_rendering(env: Any) -> Iterator[None]:
+    """ManiSkill's reset renders an observation that nobody looks at; mode "none" does not."""
+    mode, env._obs_mode = env._obs_mode, "none"
+    try:
+        yield
+    finally:
+        env._obs_mode = mode
+
+
+def _words(task_id: str) -> str:
+    """An instruction from a task id: "PlugCharger-v1" -> "plug charger"."""
+    return re.sub(r"(?<=[a-z0-9])(?=[A-Z])", " ", task_id.rsplit("-v", 1)[0]).lower()
+
+
+def _make(config: SuiteConfig) -> Any:
+    # Read by Mesa when the device is created. More threads per simulator only fight each other: the
+    # parallelism is one simulator process a core.
+    os.environ.setdefault("LP_NUM_THREADS", "1")
+    import gymnasium
+    import mani_skill.envs  # noqa: F401  (registers the tasks)
+    from mani_skill.utils import sapien_utils
+
+    if config.task not in gymnasium.registry:
+        close = difflib.get_close_matches(config.task, gymnasium.registry, n=1)
+        hint = f" Did you mean {close[0]!r}?" if close else ""
+        raise ValueError(f"suite.task is {config.task!r}, which ManiSkill does not have.{hint}")
+    size = config.image_size
+    sensors: dict[str, Any] = {
+        "width": size,
+        "height": size,
+        "shader_pack": config.options.get("shader", "minimal"),
+    }
+    camera = config.options.get("camera")
+    if camera:
+        pose = sapien_utils.look_at(list(camera["eye"]), list(camera["target"]))
+        sensors["base_camera"] = {"pose": pose, "fov": float(camera["fov"])}
+    try:
+        env = gymnasium.make(
+            config.task,
+            obs_mode="rgb",
+            control_mode="pd_ee_delta_pose",
+            reward_mode="none",
+            num_envs=1,
+            sim_backend=config.options.get("sim_backend", "physx_cpu"),
+            render_backend=config.options.get("render_backend", "cpu"),
+            sensor_configs=sensors,
+            human_render_camera_configs={"width": 256, "height": 256, "shader_pack": "minimal"},
+        )
+    except RuntimeError as error:
+        if re.search("vulkan|render|device|vk::", str(error), re.IGNORECASE):
+            raise RuntimeError(
+                f"ManiSkill cannot render here: {error}. It needs a Vulkan device; on a CPU that is lavapipe "
+                "from Mesa 24.3 or newer. Run scripts/setup.sh, which installs it on Debian as root, or install "
+                "mesa-vulkan-drivers yourself, and check with vulkaninfo."
+            ) from error
+        raise
+    return env.unwrapped

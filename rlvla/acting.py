@@ -1,0 +1,136 @@
+"""From observations to chunks: the one place where a flow policy is sampled."""
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from tensordict import TensorDict
+
+from rlvla.policies.base import Context, Decision, FlowPolicy
+from rlvla.seeding import normal
+from rlvla_algos.flow import Schedule, denoise, ode_schedule
+from rlvla_envs.base import Observation
+
+
+@dataclass(frozen=True)
+class Thought:
+    """A decision together with what it was made from."""
+
+    decision: Decision
+    batch: TensorDict
+    context: Context
+
+
+class Actor:
+    """Samples a policy in blocks of fixed size.
+
+    The rows of a batched matrix product depend, in their last bit, on how many rows there are, and not on
+    what the others hold. So every call runs on exactly ``block`` rows, padded by repetition: a result then does not
+    depend on how many environments happened to ask (a test holds this to the bit).
+    """
+
+    def __init__(self, policy: FlowPolicy, *, block: int, device: str) -> None:
+        self.policy, self.block, self.device = policy, block, device
+
+    @torch.no_grad()
+    def decide(
+        self,
+        observation: Observation,
+        rngs: Sequence[np.random.Generator],
+        *,
+        temperature: float,
+        schedule: Schedule | None = None,
+    ) -> Thought:
+        """One chunk per row.
+
+        Args:
+            observation: [B] rows.
+            rngs: the keyed generator of each row's decision.
+            temperature: factor on every Gaussian draw.
+            schedule: of the stochastic step; the plain ODE when absent.
+        """
+        thoughts = [
+            self._decide_block(observation.take(rows), [rngs[i] for i in rows], n, temperature, schedule)
+            for rows, n in self._blocks(len(observation))
+        ]
+        return thoughts[0] if len(thoughts) == 1 else _concatenate(thoughts)
+
+    @torch.no_grad()
+    def encode(self, observation: Observation) -> Context:
+        """Contexts of any number of rows, for values of final observations."""
+        parts = []
+        for rows, n in self._blocks(len(observation)):
+            context = self.policy.encode(self.policy.collate(observation.take(rows)).to(self.device))
+            parts.append(context.to_tensordict()[:n])
+        return Context.from_tensordict(torch.cat(parts))
+
+    def _blocks(self, size: int) -> Iterator[tuple[list[int], int]]:
+        for start in range(0, size, self.block):
+            n = min(self.block, size - start)
+            yield [start + min(i, n - 1) for i in range(self.block)], n
+
+    def _decide_block(
+        self,
+        observation: Observation,
+        rngs: list[np.random.Generator],
+        num_rows: int,
+        temperature: float,
+        schedule: Schedule | None,
+    ) -> Thought:
+        policy = self.policy
+        batch = policy.collate(observation).to(self.device)
+        context = policy.encode(batch)
+        num_steps = policy.num_denoising_steps
+        shape = (policy.horizon, policy.channels)
+        # Rows past num_rows are padding: they repeat the last row, and must not advance its generator.
+        draws = [
+            (normal(rng, *shape), int(rng.integers(num_steps)), normal(rng, *shape)) for rng in rngs[:num_rows]
+        ]
+        draws += [draws[-1]] * (self.block - num_rows)
+        mask = policy.action_mask()
+        noise = torch.from_numpy(np.stack([d[0] for d in draws])).to(self.device) * temperature * mask
+        step = torch.tensor([d[1] for d in draws], device=self.device)
+        step_noise = torch.from_numpy(np.stack([d[2] for d in draws])).to(self.device) * temperature * mask
+
+        velocity = bind(policy, context)
+        if schedule is None:
+            sampled = denoise(velocity, noise, schedule=ode_schedule(num_steps).to(self.device))
+        else:
+            sampled = denoise(
+                velocity,
+                noise,
+                schedule=schedule.to(self.device),
+                stochastic_step=step,
+                step_noise=step_noise,
+            )
+        keep = slice(num_rows)
+        decision = Decision(
+            action=policy.actions_to_env(sampled.action)[keep],
+            before=sampled.before[keep],
+            after=sampled.after[keep],
+            mean=sampled.mean[keep],
+            log_prob=sampled.log_prob[keep],
+            step=step[keep],
+        )
+        return Thought(decision, batch[keep], Context.from_tensordict(context.to_tensordict()[keep]))
+
+
+def bind(
+    policy: FlowPolicy, context: Context
+) -> Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]:
+    """The velocity with its context bound, as `rlvla_algos.flow` wants it."""
+    return lambda sample, tau, step: policy.velocity(context, sample, tau, step)
+
+
+def _concatenate(thoughts: list[Thought]) -> Thought:
+    decisions = [t.decision for t in thoughts]
+    tensors = {
+        name: torch.cat([getattr(d, name) for d in decisions])
+        for name in ("before", "after", "mean", "log_prob", "step")
+    }
+    return Thought(
+        Decision(action=np.concatenate([d.action for d in decisions]), **tensors),
+        torch.cat([t.batch for t in thoughts]),
+        Context.from_tensordict(torch.cat([t.context.to_tensordict() for t in thoughts])),
+    )

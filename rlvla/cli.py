@@ -1,0 +1,126 @@
+"""`rlvla VERB [key=value ...]`: one verb a job. Nothing heavy is imported before the verb is known."""
+
+import sys
+from typing import Any
+
+VERBS = {
+    "collect": "record a scripted expert's demonstrations as a LeRobotDataset v3",
+    "sft": "train a flow-matching policy on demonstrations",
+    "train": "refine a policy with PPO and prove what it gained",
+    "eval": "measure a policy on held-back initial states",
+}
+
+EXAMPLES = """examples:
+  rlvla collect output=datasets/push_cube episodes=100
+  rlvla sft dataset=datasets/push_cube output=runs/sft
+  rlvla train policy=runs/sft/policy output=runs/ppo algo.target_kl=0.1
+  rlvla eval policy=runs/ppo/policy suite=push_cube eval.trials=200 output=runs/eval"""
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Run a verb; exit 2 for what a user can correct, 1 for what broke, 130 for Ctrl-C."""
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    debug = "--debug" in arguments
+    arguments = [a for a in arguments if a != "--debug"]
+    if not arguments or arguments[0] in ("-h", "--help", "help"):
+        print(_help())
+        return
+    if arguments[0] in ("-V", "--version"):
+        from rlvla import __version__
+
+        print(f"rlvla {__version__}")
+        return
+    verb, *overrides = arguments
+    if verb not in VERBS:
+        import difflib
+
+        close = difflib.get_close_matches(verb, VERBS, n=1)
+        hint = f" Did you mean {close[0]!r}?" if close else ""
+        _stop(f"unknown verb {verb!r}.{hint} Verbs: {', '.join(VERBS)}.", 2)
+    if "-h" in overrides or "--help" in overrides:
+        print(_verb_help(verb))
+        return
+    try:
+        _run(verb, overrides)
+    except KeyboardInterrupt:
+        _stop("interrupted.", 130)
+    except Exception as error:
+        if debug:
+            raise
+        _stop(_one_message(error), 2 if isinstance(error, ValueError | OSError) else 1)
+
+
+def _run(verb: str, overrides: list[str]) -> None:
+    import importlib
+    import json
+    import warnings
+
+    # Third-party deprecations are for their authors, and would tear the live table apart.
+    warnings.filterwarnings("ignore", category=DeprecationWarning)
+    warnings.filterwarnings("ignore", category=FutureWarning)
+    warnings.filterwarnings("ignore", category=UserWarning)
+    from rlvla.config import compose, to_yaml
+
+    show = [o for o in overrides if o in ("--cfg", "--resolve", "job")]
+    config = compose(verb, [o for o in overrides if o not in show])
+    if show:
+        print(to_yaml(config), end="")
+        return
+    _quieten()
+    modules = {"eval": "evaluate"}
+    summary: dict[str, Any] = importlib.import_module(f"rlvla.{modules.get(verb, verb)}").run(config)
+    print(json.dumps(summary))
+
+
+def _quieten() -> None:
+    """Libraries that announce missing accelerators on every start say nothing a CPU user can act on."""
+    import logging
+
+    for name in ("transformers", "mani_skill", "ray"):
+        logging.getLogger(name).setLevel(logging.ERROR)
+    logging.getLogger("mani_skill").disabled = True
+
+
+def _help() -> str:
+    verbs = "\n".join(f"  {verb:9s}{text}" for verb, text in VERBS.items())
+    return (
+        "usage: rlvla VERB [key=value ...] [--cfg] [--debug]\n\n"
+        "Reinforcement-learning fine-tuning of flow-matching vision-language-action policies.\n\n"
+        f"{verbs}\n\n"
+        "  rlvla VERB --help   every option of a verb\n"
+        "  rlvla VERB --cfg    the resolved configuration, without running\n"
+        "  --debug             a traceback instead of a message\n\n"
+        f"{EXAMPLES}"
+    )
+
+
+def _verb_help(verb: str) -> str:
+    import textwrap
+
+    from rlvla.config import describe, group_choices
+
+    lines = [f"usage: rlvla {verb} [key=value ...]", "", VERBS[verb], ""]
+    for group, choices in group_choices(verb).items():
+        lines.append(f"  {group}={'|'.join(choices)}")
+    lines.append("")
+    for key, default, meaning in describe(verb):
+        lines.append(f"  {key}={default}")
+        lines += textwrap.wrap(meaning, 96, initial_indent="      ", subsequent_indent="      ")
+    return "\n".join(lines)
+
+
+def _one_message(error: Exception) -> str:
+    known = isinstance(error, ValueError | RuntimeError | OSError)
+    text = str(error).strip() or type(error).__name__
+    if known:
+        return text
+    return f"{type(error).__name__}: {text}\nThis is a bug in rlvla. Run again with --debug and report the traceback."
+
+
+def _stop(message: str, status: int) -> None:
+    print(f"rlvla: {message}", file=sys.stderr)
+    raise SystemExit(status)
+
+
+if __name__ == "__main__":
+    main()

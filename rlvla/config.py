@@ -1,0 +1,508 @@
+"""Every option of every verb: its name, type, default, meaning and limits. YAML under configs/ holds values only.
+
+`compose` builds a verb's configuration from YAML and command-line overrides and validates it at the door: an
+unknown key is an error that suggests the right one.
+"""
+
+import dataclasses
+import difflib
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from enum import Enum
+from pathlib import Path
+from typing import Any, Literal, cast
+
+from rlvla_envs.base import SuiteConfig
+
+MISSING: Any = "???"
+
+
+class ConfigError(ValueError):
+    """The user's configuration is wrong; the message has the cure."""
+
+
+class Reduction(Enum):
+    """How the H x K log-ratios of a chunk become what is clipped (`rlvla_algos.ppo.chunk_log_ratio`)."""
+
+    elementwise = "elementwise"
+    sum = "sum"
+    mean = "mean"
+    sqrt = "sqrt"
+
+
+class Discount(Enum):
+    per_chunk = "per_chunk"
+    per_step = "per_step"
+
+
+class LRSchedule(Enum):
+    constant = "constant"
+    cosine = "cosine"
+    kl = "kl"
+
+
+class FlowTime(Enum):
+    beta = "beta"
+    sigmoid_normal = "sigmoid_normal"
+    uniform = "uniform"
+
+
+class WorkerKind(Enum):
+    ray = "ray"
+    local = "local"
+
+
+@dataclass(kw_only=True)
+class WorkersConfig:
+    """Where simulators live. Both kinds give the same rollouts bit for bit."""
+
+    kind: WorkerKind = WorkerKind.ray
+    """ray: actors in their own processes, about one a core. local: in this process, for tests and debugging."""
+    num_actors: int = 0
+    """Ray actors; 0 means one per CPU core."""
+    envs_per_actor: int = 8
+    """Environments each actor steps in turn. More fill the inference batch better and cost memory (about 60 MB)."""
+    timeout_s: float = 300.0
+    """Longest an actor may take to start or to answer one call."""
+
+    def __post_init__(self) -> None:
+        _require(self.num_actors >= 0, "workers.num_actors", self.num_actors, "0 (one per core) or more")
+        _require(self.envs_per_actor >= 1, "workers.envs_per_actor", self.envs_per_actor, "at least 1")
+        _require(self.timeout_s > 0, "workers.timeout_s", self.timeout_s, "positive")
+
+
+@dataclass(kw_only=True)
+class AlgoConfig:
+    """Chunk-level PPO on one Gaussian denoising step (Qwen-VLA, section 4.2; DESIGN, section 4)."""
+
+    noise_level: float = 0.5
+    """a of the flow SDE: exploration and step size in one. 0.3 to 0.7; below 0.2 learns slowly at any KL."""
+    reduction: Reduction = Reduction.elementwise
+    """What a ratio is of: every entry of the chunk, or the whole chunk summed (the paper), averaged, scaled."""
+    clip_epsilon: float = 0.2
+    """Half-width of the trust region on the ratio. Smaller is safer and slower; 0.1 to 0.3 is usual."""
+    value_clip: float | None = 0.2
+    """How far a value may move from the rollout's before its gradient stops; null never."""
+    value_coef: float = 1.0
+    """Weight of the value loss. The critic has its own optimizer group, so this scales little."""
+    gamma: float = 0.99
+    """Discount of one decision, or of one step with discount=per_step."""
+    discount: Discount = Discount.per_chunk
+    """per_chunk as in the paper; per_step discounts gamma^executed_steps, comparable across chunk sizes."""
+    gae_lambda: float = 0.95
+    """0 trusts the critic, 1 the returns."""
+    normalize_advantage: bool = True
+    """Over all valid decisions of the iteration."""
+    epochs: int = 8
+    """Passes over an iteration's data. 4 to 10; the KL target ends them early."""
+    minibatch_size: int = 256
+    """Decisions per optimizer step."""
+    target_kl: float = 0.1
+    """Exact KL per iteration, in nats per chunk, that the learning rate is steered to and that ends the
+    epochs at `kl_stop_factor` times itself. 0.05 to 0.3."""
+    kl_stop_factor: float = 2.0
+    """An epoch whose mean KL passes target_kl times this is the last one of its iteration."""
+    lr_schedule: LRSchedule = LRSchedule.kl
+    """kl: x1.5 or /1.5 towards target_kl, once an iteration. cosine: decay to zero, as in the paper."""
+    policy_lr: float = 1e-4
+    """Of the action expert, at the start."""
+    max_policy_lr: float = 2e-3
+    """Ceiling for lr_schedule=kl."""
+    vlm_lr: float = 1e-5
+    """Of the backbone, when train_vlm."""
+    value_lr: float = 1e-3
+    """Of the value head."""
+    value_hidden_sizes: tuple[int, ...] = ()
+    """Hidden layers of the value head; none is linear, as in the paper."""
+    max_grad_norm: float = 1.0
+    """Gradient-norm clip over all policy parameters."""
+    train_vlm: bool = False
+    """Train the backbone too. False stores each decision's context once and never runs the VLM in an update."""
+    critic_only_iterations: int = 1
+    """First iterations that train the critic only."""
+    min_successes: int = 8
+    """An iteration with fewer successes (or failures) trains the critic only: its advantages are noise."""
+    entropy_coef: float = 0.0
+    """Must stay 0: with a fixed noise schedule the entropy is a constant."""
+    mean_tolerance: float = 1e-3
+    """Largest |mu_rollout - mu_learner| / s on the first minibatch, fp32."""
+    ratio_tolerance: float = 1e-2
+    """Largest |ratio - 1| on the first minibatch, fp32."""
+
+    def __post_init__(self) -> None:
+        self.value_hidden_sizes = tuple(self.value_hidden_sizes)
+        _require(0 < self.clip_epsilon < 1, "algo.clip_epsilon", self.clip_epsilon, "in (0, 1). Typical: 0.1 to 0.3")
+        _require(self.noise_level > 0, "algo.noise_level", self.noise_level, "positive. Typical: 0.3 to 0.7")
+        _require(0 <= self.gamma <= 1, "algo.gamma", self.gamma, "in [0, 1]. Typical: 0.99")
+        _require(0 <= self.gae_lambda <= 1, "algo.gae_lambda", self.gae_lambda, "in [0, 1]. Typical: 0.95")
+        _require(self.epochs >= 1, "algo.epochs", self.epochs, "at least 1")
+        _require(self.minibatch_size >= 2, "algo.minibatch_size", self.minibatch_size, "at least 2")
+        _require(self.target_kl > 0, "algo.target_kl", self.target_kl, "positive. Typical: 0.05 to 0.3")
+        _require(
+            self.value_clip is None or self.value_clip > 0, "algo.value_clip", self.value_clip, "positive, or null"
+        )
+        for name in ("policy_lr", "vlm_lr", "value_lr", "max_policy_lr", "max_grad_norm"):
+            _require(getattr(self, name) > 0, f"algo.{name}", getattr(self, name), "positive")
+        _require(
+            self.entropy_coef == 0,
+            "algo.entropy_coef",
+            self.entropy_coef,
+            "0: with a fixed noise schedule the entropy is a constant, so a bonus does nothing. "
+            "Raise algo.noise_level to explore more",
+        )
+
+
+@dataclass(kw_only=True)
+class EvalConfig:
+    """How success is measured. Everything here is part of the result file."""
+
+    trials: int = 200
+    """Enumerated, held-back initial states, each visited once. 200 tells 15 points apart; 25 points need 60."""
+    temperature: float = 0.6
+    """Factor on the initial noise of the ODE sampler. It alone moves success by ten points, so before and
+    after are always measured at the same one."""
+    shuffled_images: bool = True
+    """Also measure with every environment shown another one's images: a policy that loses nothing is blind."""
+    videos: int = 4
+    """Episodes filmed, the same ones each time; 0 films none."""
+    every: int = 0
+    """Iterations between evaluations during training, on a quarter of the trials; 0 has none."""
+    seed: int = 12345
+    """Of the evaluation's noise. Fixed across runs, so that results compare."""
+
+    def __post_init__(self) -> None:
+        _require(self.trials >= 1, "eval.trials", self.trials, "at least 1; 200 for a claim")
+        _require(self.temperature >= 0, "eval.temperature", self.temperature, "0 or more. Usual: 0.6 or 1.0")
+        _require(self.videos >= 0, "eval.videos", self.videos, "0 or more")
+        _require(self.every >= 0, "eval.every", self.every, "0 (never) or more")
+
+
+@dataclass(kw_only=True)
+class TrainConfig:
+    """`rlvla train`: refine a policy folder with PPO."""
+
+    policy: str = MISSING
+    """Policy folder to start from: what `rlvla sft` wrote."""
+    output: str = "runs/train"
+    """Run folder. Everything the run writes is under it."""
+    seed: int = 0
+    device: str = "auto"
+    """auto, cpu, cuda or cuda:0."""
+    suite: SuiteConfig = field(default_factory=SuiteConfig)
+    workers: WorkersConfig = field(default_factory=WorkersConfig)
+    algo: AlgoConfig = field(default_factory=AlgoConfig)
+    eval: EvalConfig = field(default_factory=EvalConfig)
+    iterations: int = 40
+    """PPO iterations: collect whole episodes, update."""
+    episodes_per_iteration: int = 256
+    """Whole episodes collected each iteration. Fewer, more frequent iterations were worse at equal steps."""
+    temperature: float = 1.0
+    """Factor on every Gaussian draw of a rollout. The log-probability accounts for 1.0 only."""
+    inference_batch: int = 16
+    """Rows the policy is run on at once while acting; padded, so that a row's result never depends on how
+    many others there are."""
+    save_every: int = 10
+    """Iterations between policy checkpoints."""
+
+    def __post_init__(self) -> None:
+        _check_common(self)
+        _require(self.iterations >= 0, "iterations", self.iterations, "0 or more")
+        _require(self.episodes_per_iteration >= 1, "episodes_per_iteration", self.episodes_per_iteration, "at least 1")
+        _require(self.save_every >= 1, "save_every", self.save_every, "at least 1")
+        _require(
+            self.temperature == 1.0,
+            "temperature",
+            self.temperature,
+            "1.0: PPO scores the draws it acted on, and they are scored at temperature 1",
+        )
+        _check_trials(self.eval, self.suite)
+
+
+@dataclass(kw_only=True)
+class EvaluateConfig:
+    """`rlvla eval`: measure a policy folder."""
+
+    policy: str = MISSING
+    """Policy folder."""
+    output: str = "runs/eval"
+    """Folder for the result file, the videos and the report."""
+    device: str = "auto"
+    suite: SuiteConfig = field(default_factory=SuiteConfig)
+    workers: WorkersConfig = field(default_factory=WorkersConfig)
+    eval: EvalConfig = field(default_factory=EvalConfig)
+    inference_batch: int = 16
+    """See `rlvla train`."""
+
+    def __post_init__(self) -> None:
+        _check_common(self)
+        _check_trials(self.eval, self.suite)
+
+
+@dataclass(kw_only=True)
+class CollectConfig:
+    """`rlvla collect`: demonstrations of a suite's scripted expert, as a LeRobotDataset v3."""
+
+    output: str = "datasets/demonstrations"
+    """Dataset folder to write; must not exist yet."""
+    episodes: int = 100
+    """Successful episodes to keep. Failures are dropped and counted."""
+    seed: int = 0
+    suite: SuiteConfig = field(default_factory=SuiteConfig)
+    workers: WorkersConfig = field(default_factory=WorkersConfig)
+
+    def __post_init__(self) -> None:
+        _require(self.episodes >= 1, "episodes", self.episodes, "at least 1")
+
+
+@dataclass(kw_only=True)
+class SFTConfig:
+    """`rlvla sft`: train flow matching on a dataset in the LeRobotDataset v3 layout."""
+
+    dataset: str = MISSING
+    """Dataset folder: from `rlvla collect`, or anyone's in that layout."""
+    output: str = "runs/sft"
+    """Run folder; the policy is written to its subfolder policy/."""
+    seed: int = 0
+    device: str = "auto"
+    suite: SuiteConfig = field(default_factory=SuiteConfig)
+    policy: Any = MISSING
+    """Architecture: configs/policy/*.yaml."""
+    steps: int = 600
+    """Optimizer steps."""
+    batch_size: int = 32
+    """Frames per step; the VLM runs once on each."""
+    noise_draws: int = 4
+    """(noise, flow time) draws per encoded frame. The expert is cheap next to the VLM."""
+    lr: float = 1e-3
+    """Peak learning rate, after warm-up, before cosine decay."""
+    warmup_steps: int = 40
+    weight_decay: float = 1e-4
+    max_grad_norm: float = 1.0
+    flow_time: FlowTime = FlowTime.beta
+    """Distribution of flow time: the paper uses Beta for SFT and Sigmoid-Normal for text-to-action."""
+    beta_alpha: float = 1.5
+    """tau ~ Beta(alpha, beta), 1 being noise. openpi's 1.5 and 1."""
+    beta_beta: float = 1.0
+    first_steps: int = 3
+    """Frames at the start of a demonstration that are drawn more often: there the policy must look, later it
+    can guess from the arm."""
+    first_steps_weight: float = 3.0
+    state_noise: float = 0.1
+    """Standard deviation added to the normalised state, so that the policy does not lean on it."""
+    ema_decay: float | None = None
+    """Save an exponential moving average of the weights instead; null has none. Usual: 0.999."""
+    tokenizer: str | None = None
+    """Folder with tokenizer files of a checkpoint; null trains a small one on the dataset's prompts."""
+
+    def __post_init__(self) -> None:
+        _check_common(self)
+        _require(self.steps >= 1, "steps", self.steps, "at least 1")
+        _require(self.batch_size >= 1, "batch_size", self.batch_size, "at least 1")
+        _require(self.noise_draws >= 1, "noise_draws", self.noise_draws, "at least 1")
+        _require(self.lr > 0, "lr", self.lr, "positive. Usual: 1e-3 tiny, 5e-5 large")
+        _require(self.first_steps_weight > 0, "first_steps_weight", self.first_steps_weight, "positive")
+        _require(
+            self.ema_decay is None or 0 < self.ema_decay < 1, "ema_decay", self.ema_decay, "in (0, 1), or null"
+        )
+        _require(min(self.beta_alpha, self.beta_beta) > 0, "beta_alpha, beta_beta", (self.beta_alpha, self.beta_beta), "positive")
+
+
+Verb = Literal["collect", "sft", "train", "eval"]
+SCHEMAS: dict[str, type] = {
+    "collect": CollectConfig,
+    "sft": SFTConfig,
+    "train": TrainConfig,
+    "eval": EvaluateConfig,
+}
+
+
+def compose(verb: str, overrides: Sequence[str]) -> Any:
+    """The validated configuration of a verb, as its dataclass.
+
+    Raises:
+        ConfigError: an unknown key or group, a wrong type, a missing or an impossible value.
+    """
+    from hydra.core.global_hydra import GlobalHydra
+    from hydra.errors import HydraException
+    from omegaconf import OmegaConf
+    from omegaconf.errors import OmegaConfBaseException
+
+    _register_schemas()
+    _check_keys(verb, overrides)
+    GlobalHydra.instance().clear()
+    try:
+        composed = _hydra_compose(verb, overrides)
+        return OmegaConf.to_object(composed)
+    except (HydraException, OmegaConfBaseException) as error:
+        raise ConfigError(_first_lines(error)) from error
+
+
+def to_yaml(config: Any) -> str:
+    """A resolved configuration as YAML."""
+    from omegaconf import OmegaConf
+
+    return OmegaConf.to_yaml(OmegaConf.structured(config))
+
+
+def policy_config_from_dict(data: dict[str, Any]) -> Any:
+    """The typed configuration of a policy from a folder's config.yaml.
+
+    Raises:
+        ConfigError: unknown keys or wrong types.
+    """
+    from omegaconf import OmegaConf
+    from omegaconf.errors import OmegaConfBaseException
+
+    from rlvla.policies.qwen_vla import QwenVLAConfig
+
+    try:
+        return OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(QwenVLAConfig), data))
+    except OmegaConfBaseException as error:
+        raise ConfigError(_first_lines(error)) from error
+
+
+def describe(verb: str) -> list[tuple[str, str, str]]:
+    """(key, default, meaning) of every option of a verb, for --help and the reference page."""
+    return list(_describe(SCHEMAS[verb], ""))
+
+
+def group_choices(verb: str) -> dict[str, list[str]]:
+    """The YAML files that each configuration group of a verb offers."""
+    groups = ("suite", "policy") if verb == "sft" else ("suite",)
+    return {group: sorted(f.stem for f in (config_dir() / group).glob("*.yaml")) for group in groups}
+
+
+def config_dir() -> Path:
+    """configs/ of the checkout, or the copy inside an installed wheel."""
+    here = Path(__file__).resolve().parent
+    for candidate in (here / "configs", here.parent / "configs"):
+        if candidate.is_dir():
+            return candidate
+    raise ConfigError(f"no configs folder beside {here}; reinstall rlvla.")
+
+
+def _hydra_compose(verb: str, overrides: Sequence[str]) -> Any:
+    from hydra import compose as hydra_compose
+    from hydra import initialize_config_dir
+
+    # To Hydra `policy=` names a file under configs/policy, which is right for sft alone; the other verbs
+    # mean a folder on disk.
+    is_folder = [verb != "sft" and o.startswith("policy=") for o in overrides]
+    with initialize_config_dir(str(config_dir()), version_base="1.3"):
+        composed = hydra_compose(
+            verb, overrides=[o for o, folder in zip(overrides, is_folder, strict=True) if not folder]
+        )
+    for override, folder in zip(overrides, is_folder, strict=True):
+        if folder:
+            composed.policy = override.removeprefix("policy=")
+    return composed
+
+
+def _register_schemas() -> None:
+    from hydra.core.config_store import ConfigStore
+
+    from rlvla.policies.qwen_vla import QwenVLAConfig
+
+    store = ConfigStore.instance()
+    for verb, schema in SCHEMAS.items():
+        store.store(name=f"{verb}_schema", node=schema)
+    store.store(group="suite", name="base_suite", node=SuiteConfig)
+    store.store(group="policy", name="base_qwen_vla", node=QwenVLAConfig)
+
+
+def _check_keys(verb: str, overrides: Sequence[str]) -> None:
+    """Refuse what Hydra would accept and ignore (`+new=1`), and suggest the nearest key for what it refuses."""
+    known = {key for key, _, _ in _describe(SCHEMAS[verb], "")}
+    if verb == "sft":
+        from rlvla.policies.qwen_vla import QwenVLAConfig
+
+        known |= {key for key, _, _ in _describe(QwenVLAConfig, "policy.")}
+    known |= {"suite", "policy"} if verb == "sft" else {"suite"}
+    choices = group_choices(verb)
+    for override in overrides:
+        key, equals, value = override.partition("=")
+        if not equals:
+            raise ConfigError(f"{override!r} is not of the form key=value. See `rlvla {verb} --help`.")
+        key = key.lstrip("+~").split("@")[0]
+        if key in choices and value not in choices[key]:
+            close = difflib.get_close_matches(value, choices[key], n=1)
+            hint = f" Did you mean {close[0]!r}?" if close else ""
+            raise ConfigError(f"{key} is {value!r}; choose one of {', '.join(choices[key])}.{hint}")
+        if key in known or key.startswith("suite.options."):
+            continue
+        raise ConfigError(f"{key!r} is not an option of `rlvla {verb}`.{_suggest(key, known)}")
+
+
+def _suggest(key: str, known: set[str]) -> str:
+    close = difflib.get_close_matches(key, known, n=1, cutoff=0.6)
+    if not close:
+        # "epochs" for "algo.epochs": the last part alone may be right.
+        tails = {k.rsplit(".", 1)[-1]: k for k in sorted(known)}
+        close = [tails[t] for t in difflib.get_close_matches(key.rsplit(".", 1)[-1], tails, n=1, cutoff=0.75)]
+    return f" Did you mean {close[0]!r}?" if close else " See --help for all of them."
+
+
+def _describe(schema: type, prefix: str) -> Iterator[tuple[str, str, str]]:
+    docs = _field_docs(schema)
+    for f in dataclasses.fields(schema):
+        nested = f.type if isinstance(f.type, type) and dataclasses.is_dataclass(f.type) else None
+        if nested is not None:
+            yield from _describe(cast(type, nested), f"{prefix}{f.name}.")
+            continue
+        if f.default is not dataclasses.MISSING:
+            default = f.default.value if isinstance(f.default, Enum) else f.default
+        else:
+            default = f.default_factory() if f.default_factory is not dataclasses.MISSING else "required"
+        yield f"{prefix}{f.name}", "required" if default == MISSING else str(default), docs.get(f.name, "")
+
+
+def _field_docs(schema: type) -> dict[str, str]:
+    """The sentence under each field of a dataclass, read from its source."""
+    import ast
+    import inspect
+    import textwrap
+
+    body = ast.parse(textwrap.dedent(inspect.getsource(schema))).body[0]
+    assert isinstance(body, ast.ClassDef)
+    docs: dict[str, str] = {}
+    for statement, following in zip(body.body, body.body[1:], strict=False):
+        if (
+            isinstance(statement, ast.AnnAssign)
+            and isinstance(statement.target, ast.Name)
+            and isinstance(following, ast.Expr)
+            and isinstance(following.value, ast.Constant)
+        ):
+            docs[statement.target.id] = " ".join(str(following.value.value).split())
+    return docs
+
+
+def _require(condition: bool, key: str, value: object, must: str) -> None:
+    if not condition:
+        raise ConfigError(f"{key} is {value}; it must be {must}.")
+
+
+def _check_common(config: Any) -> None:
+    device = config.device
+    valid = device in ("auto", "cpu", "cuda") or device.startswith("cuda:")
+    _require(valid, "device", device, "auto, cpu, cuda or cuda:N")
+    if hasattr(config, "inference_batch"):
+        _require(config.inference_batch >= 1, "inference_batch", config.inference_batch, "at least 1")
+
+
+def _check_trials(evaluation: EvalConfig, suite: SuiteConfig) -> None:
+    _require(
+        evaluation.trials <= suite.num_evaluation_states,
+        "eval.trials",
+        evaluation.trials,
+        f"at most suite.num_evaluation_states ({suite.num_evaluation_states}), each state is visited once",
+    )
+
+
+def _first_lines(error: Exception) -> str:
+    """Hydra wraps OmegaConf's message and goes on with its internals; keep what says what is wrong."""
+    wrapped = error.__cause__ or error.__context__
+    text = str(error)
+    if wrapped is not None and "Error merging" in text:
+        text = f"{text.splitlines()[0]}: {wrapped}"
+    internals = ("full_key", "object_type", "reference_type")
+    return " ".join(line.strip() for line in text.splitlines() if line.strip() and not line.strip().startswith(internals))

@@ -1,0 +1,257 @@
+"""`rlvla eval`: success on enumerated, held-back initial states, each visited once."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from rlvla.acting import Actor
+from rlvla.config import EvalConfig, EvaluateConfig
+from rlvla.policies.folder import load_policy
+from rlvla.rollout import play
+from rlvla.run import Run, pick_device
+from rlvla.seeding import Stream, keyed_rng
+from rlvla.workers import Envs, Round, open_envs
+from rlvla_algos.statistics import mcnemar_exact, paired_difference_interval, wilson_interval
+from rlvla_envs.base import Observation, require_match
+
+Frames = dict[tuple[int, int], Observation]
+"""What each episode saw at each decision, by (row of the evaluation, decision)."""
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """One measurement, with everything it depends on."""
+
+    name: str
+    suite: str
+    task: str
+    sampler: str
+    images: str
+    """own, or shuffled: every episode shown another one's images."""
+    temperature: float
+    seed: int
+    max_episode_steps: int
+    trials: int
+    successes: int
+    success: float
+    interval: tuple[float, float]
+    """Wilson, 95%."""
+    outcomes: list[int]
+    """1 where the episode from the initial state of the same index succeeded."""
+    initial_states: list[int]
+    executed_steps: list[int]
+
+
+def evaluate(
+    actor: Actor,
+    envs: Envs,
+    config: EvalConfig,
+    *,
+    name: str,
+    trials: int | None = None,
+    shown: Frames | None = None,
+    on_episodes: Callable[[int], None] = lambda _: None,
+) -> tuple[Evaluation, Frames]:
+    """Integrate the ODE from keyed noise on the first ``trials`` held-back states.
+
+    The result depends on weights, states and settings alone: not on the number of environments or actors.
+
+    Args:
+        shown: the frames of an earlier evaluation on the same states. When given, episode i sees what the
+            next episode saw at the same decision: the shuffled-image probe.
+
+    Returns:
+        The measurement, and the frames every episode saw.
+    """
+    states = list(range(trials or config.trials))
+    success = np.zeros(len(states), dtype=np.int64)
+    steps = np.zeros(len(states), dtype=np.int64)
+    seen: Frames = {}
+    ended = 0
+
+    def decide(observation: Observation, episode: np.ndarray, decision: np.ndarray) -> np.ndarray:
+        for i, (e, t) in enumerate(zip(episode, decision, strict=True)):
+            seen[int(e), int(t)] = observation.row(i)
+        if shown is not None:
+            observation = _swap_images(observation, shown, episode, decision, len(states))
+        rngs = [
+            keyed_rng(config.seed, Stream.EVALUATION, states[e], int(t)) for e, t in zip(episode, decision, strict=True)
+        ]
+        return actor.decide(observation, rngs, temperature=config.temperature).decision.action
+
+    for turn in play(envs, states, decide):
+        success[turn.episode] |= turn.result.success
+        steps[turn.episode] += turn.result.executed_steps
+        ended += int(turn.result.done.sum())
+        on_episodes(ended)
+    total = int(success.sum())
+    spec = envs.spec
+    measured = Evaluation(
+        name=name,
+        suite=spec.suite,
+        task=spec.task,
+        sampler="ode",
+        images="own" if shown is None else "shuffled",
+        temperature=config.temperature,
+        seed=config.seed,
+        max_episode_steps=spec.max_episode_steps,
+        trials=len(states),
+        successes=total,
+        success=total / len(states),
+        interval=wilson_interval(total, len(states)),
+        outcomes=success.tolist(),
+        initial_states=states,
+        executed_steps=steps.tolist(),
+    )
+    return measured, seen
+
+
+def measure(
+    actor: Actor, envs: Envs, config: EvalConfig, record: Run, name: str, *, env_steps: int = 0
+) -> Evaluation:
+    """Success on all held-back states, the shuffled-image probe and the filmed episodes, all written to the run."""
+    passes, done = 1 + config.shuffled_images, 0
+
+    def show(n: int) -> None:
+        record.progress.bar(f"evaluation {name}", done + n, passes * config.trials)
+
+    own, frames = evaluate(actor, envs, config, name=name, on_episodes=show)
+    record.evaluation(own, env_steps)
+    if config.shuffled_images:
+        done = config.trials
+        blind, _ = evaluate(actor, envs, config, name=f"{name}-shuffled", shown=frames, on_episodes=show)
+        record.evaluation(blind, env_steps)
+        difference = compare(blind, own)
+        record.update_json(
+            "probe.json",
+            {name: {"own": own.success, "shuffled": blind.success, "p_value": difference["p_value"]}},
+        )
+        if difference["p_value"] > 0.05 or own.success <= blind.success:
+            record.alarm(
+                -1,
+                f"the policy may be blind ({name}): success {own.success:.2f} with its own images, "
+                f"{blind.success:.2f} with another environment's (p = {difference['p_value']:.2g})",
+            )
+    videos = film(actor, envs, config, record.folder / "videos", name)
+    if videos:
+        record.update_json("videos/index.json", videos)
+    return own
+
+
+def compare(before: Evaluation, after: Evaluation) -> dict[str, Any]:
+    """Paired comparison on common initial states at the same settings.
+
+    Raises:
+        ValueError: the two were not measured alike.
+    """
+    for setting in ("task", "temperature", "sampler", "seed", "max_episode_steps", "initial_states"):
+        a, b = getattr(before, setting), getattr(after, setting)
+        if a != b:
+            raise ValueError(f"cannot compare {before.name} and {after.name}: {setting} is {a} and {b}.")
+    first, second = [bool(x) for x in before.outcomes], [bool(x) for x in after.outcomes]
+    return {
+        "before": before.success,
+        "after": after.success,
+        "trials": before.trials,
+        "gained": sum(b and not a for a, b in zip(first, second, strict=True)),
+        "lost": sum(a and not b for a, b in zip(first, second, strict=True)),
+        "kept": sum(a and b for a, b in zip(first, second, strict=True)),
+        "p_value": mcnemar_exact(first, second),
+        "difference": after.success - before.success,
+        "interval": list(paired_difference_interval(first, second)),
+    }
+
+
+def film(actor: Actor, envs: Envs, config: EvalConfig, folder: Path, phase: str) -> list[dict[str, Any]]:
+    """Play the first `videos` held-back states once more, filming every step; returns the index entries."""
+    entries: list[dict[str, Any]] = []
+    for state in range(config.videos):
+        frames, success, instruction = _film_episode(actor, envs, config, state)
+        if not frames:
+            return []
+        folder.mkdir(parents=True, exist_ok=True)
+        file = f"{phase}-{state}.mp4"
+        _write_video(folder / file, frames, envs.spec.control_hz)
+        entries.append(
+            {"file": file, "phase": phase, "initial_state": state, "success": success, "instruction": instruction}
+        )
+    return entries
+
+
+def _film_episode(
+    actor: Actor, envs: Envs, config: EvalConfig, state: int
+) -> tuple[list[np.ndarray], bool, str]:
+    empty = np.zeros(0, dtype=np.int64)
+    nothing = np.zeros((0, 1, 1), dtype=np.float32)
+    slot = np.zeros(1, dtype=np.int64)
+    observation, _ = envs.advance(Round(slot, np.array([state], dtype=np.int64), empty, nothing))
+    assert observation is not None
+    first = envs.film(0)
+    if first is None:
+        return [], False, ""
+    frames, decision = [first], 0
+    while True:
+        rng = keyed_rng(config.seed, Stream.EVALUATION, state, decision)
+        chunk = actor.decide(observation, [rng], temperature=config.temperature).decision.action
+        for h in range(chunk.shape[1]):
+            _, result = envs.advance(Round(empty, empty, slot, chunk[:, h : h + 1]))
+            assert result is not None
+            frame = envs.film(0)
+            assert frame is not None
+            frames.append(frame)
+            if result.done[0]:
+                # Hold the last frame for a moment: the eye wants to see how it ended.
+                return frames + [frame] * 10, bool(result.success[0]), observation.instruction[0]
+        observation, decision = result.observation, decision + 1
+
+
+def _write_video(path: Path, frames: Sequence[np.ndarray], fps: float) -> None:
+    import imageio.v2 as imageio
+
+    # yuv420p plays in every browser; it needs even sides, which our frames have.
+    with imageio.get_writer(path, fps=fps, codec="libx264", macro_block_size=2, quality=7) as writer:
+        for frame in frames:
+            writer.append_data(frame)
+
+
+def _swap_images(
+    observation: Observation, shown: Frames, episode: np.ndarray, decision: np.ndarray, num_episodes: int
+) -> Observation:
+    """Images of the next episode at the same decision, or its last one; instruction and state stay."""
+    donors = []
+    for e, t in zip(episode, decision, strict=True):
+        donor = (int(e) + 1) % num_episodes
+        last = int(t)
+        while (donor, last) not in shown:
+            last -= 1
+        donors.append(shown[donor, last])
+    return Observation(
+        Observation.concatenate(donors).images, observation.instruction, observation.state
+    )
+
+
+def run(config: EvaluateConfig) -> dict[str, Any]:
+    """Measure ``config.policy`` on ``config.suite``; the result is under ``config.output``."""
+    device = pick_device(config.device)
+    policy = load_policy(Path(config.policy), device)
+    with Run.open(config, "eval", total=config.eval.trials) as record:
+        envs = open_envs(config.suite, config.workers)
+        try:
+            require_match(policy.env_spec, envs.spec)
+            own = measure(
+                Actor(policy, block=config.inference_batch, device=device), envs, config.eval, record, "eval"
+            )
+        finally:
+            envs.close()
+        return {
+            "task": own.task,
+            "success": own.success,
+            "interval": list(own.interval),
+            "trials": own.trials,
+            "temperature": own.temperature,
+            "policy": config.policy,
+            "result": str(record.folder / "evaluations" / "eval.json"),
+        }

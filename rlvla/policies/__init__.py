@@ -1,0 +1,1 @@
+"""Policies, one file each, behind the Protocol of `rlvla.policies.base`."""

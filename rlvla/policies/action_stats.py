@@ -1,0 +1,75 @@
+"""Per-dataset quantile normalisation of actions, and mean and deviation of the state."""
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from jaxtyping import Bool, Float
+
+CONSTANT = 1e-6
+"""A channel whose quantiles are closer than this never moved in the data."""
+
+
+@dataclass(frozen=True)
+class ActionStats:
+    """Statistics of one dataset. Actions map to [-1, 1] by their 1% and 99% quantiles (Qwen-VLA, eq. 5).
+
+    A channel that is constant in the data has no scale. It is inactive: held at its constant when acting, and
+    outside the mask of the loss and of the log-probability, where its noise would only dilute the signal.
+    """
+
+    q01: Float[np.ndarray, " C"]
+    q99: Float[np.ndarray, " C"]
+    state_mean: Float[np.ndarray, " P"]
+    state_std: Float[np.ndarray, " P"]
+
+    @staticmethod
+    def of(action: Float[np.ndarray, "N C"], state: Float[np.ndarray, "N P"] | None) -> "ActionStats":
+        """Statistics over all frames of a dataset.
+
+        The deviation of a state channel is kept above 0.02: a few demonstrations leave some channels almost
+        still, and dividing by that would turn any new pose into an outlier.
+        """
+        q01, q99 = np.quantile(action, [0.01, 0.99], axis=0).astype(np.float32)
+        if state is None:
+            state = np.zeros((1, 0), dtype=np.float32)
+        return ActionStats(
+            q01, q99, state.mean(0).astype(np.float32), np.maximum(state.std(0), 0.02).astype(np.float32)
+        )
+
+    @property
+    def active(self) -> Bool[np.ndarray, " C"]:
+        return self.q99 - self.q01 > CONSTANT
+
+    def normalize(self, action: Float[np.ndarray, "*B C"]) -> Float[np.ndarray, "*B C"]:
+        """To [-1, 1], clipped as in the paper; inactive channels become 0."""
+        scale = np.where(self.active, self.q99 - self.q01, 1.0)
+        unit = np.clip(2 * (action - self.q01) / scale - 1, -1.0, 1.0)
+        return np.where(self.active, unit, 0.0).astype(np.float32)
+
+    def denormalize(self, unit: Float[np.ndarray, "*B C"]) -> Float[np.ndarray, "*B C"]:
+        """Inverse of `normalize` inside the quantiles; not clipped, the simulator does that."""
+        span = np.where(self.active, self.q99 - self.q01, 0.0)
+        return (self.q01 + (unit + 1) / 2 * span).astype(np.float32)
+
+    def normalize_state(self, state: Float[np.ndarray, "*B P"]) -> Float[np.ndarray, "*B P"]:
+        """Standardised and clipped to +-4: an outlier pose must not own the expert's input."""
+        return np.clip((state - self.state_mean) / self.state_std, -4.0, 4.0).astype(np.float32)
+
+    def save(self, path: Path) -> None:
+        data = {
+            "action": {"q01": self.q01.tolist(), "q99": self.q99.tolist()},
+            "state": {"mean": self.state_mean.tolist(), "std": self.state_std.tolist()},
+        }
+        path.write_text(json.dumps(data, indent=2) + "\n")
+
+    @staticmethod
+    def load(path: Path) -> "ActionStats":
+        data = json.loads(path.read_text())
+        return ActionStats(
+            *(
+                np.array(data[kind][key], dtype=np.float32)
+                for kind, key in (("action", "q01"), ("action", "q99"), ("state", "mean"), ("state", "std"))
+            )
+        )

@@ -1,0 +1,181 @@
+"""The action expert of Qwen-VLA: a single-stream DiT over VLM hidden states and the noisy chunk.
+
+Section 2.2 fixes what is here: one sequence, joint self-attention, AdaLN on flow time, m-RoPE continued from the
+backbone, and the parameter counts. The paper is silent on heads, on normalisation of queries and keys, on the
+attention mask and on gates; the choices are bidirectional attention, RMSNorm on queries and keys, and a gate
+after each branch. docs/adr/0003-expert.md says why.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+FLOW_TIME_FEATURES = 256
+
+
+@dataclass(kw_only=True)
+class ExpertConfig:
+    """Sizes of the DiT. The paper's: 16 blocks of 1536, SwiGLU 10240, K = 64, 1.149 B parameters."""
+
+    hidden_size: int = 96
+    num_blocks: int = 2
+    num_heads: int = 3
+    ffn_size: int = 192
+    """Of the SwiGLU."""
+    channels: int = 8
+    """K: action channels after zero-padding."""
+    horizon: int = 8
+    """H: longest chunk; a suite's may be shorter."""
+    mrope_section: tuple[int, ...] = (6, 5, 5)
+    """Rotary frequencies for time, height and width; they add up to half the size of a head."""
+    context_positions: int = 0
+    """Length of a table of learned positions added to context tokens; 0 has none, as in the paper. A small
+    expert trained from scratch does not find the right image token without (docs/adr/0004)."""
+    gate_init: float = 0.0
+    """Start of the AdaLN gates. 0 is AdaLN-Zero; 1 lets a small expert see the context from the first step."""
+
+    def __post_init__(self) -> None:
+        self.mrope_section = tuple(self.mrope_section)
+        if self.hidden_size % self.num_heads:
+            raise ValueError(
+                f"policy.expert.hidden_size is {self.hidden_size}, which {self.num_heads} heads do not divide."
+            )
+        half = self.hidden_size // self.num_heads // 2
+        if sum(self.mrope_section) != half or len(self.mrope_section) != 3:
+            raise ValueError(
+                f"policy.expert.mrope_section is {list(self.mrope_section)}; it must be three numbers that add "
+                f"up to half the head size, {half}."
+            )
+
+
+def flow_time_features(tau: Float[Tensor, " B"]) -> Float[Tensor, "B 256"]:
+    """Sines and cosines of 1000 tau, as diffusion models encode time."""
+    half = FLOW_TIME_FEATURES // 2
+    frequency = torch.exp(-torch.log(torch.tensor(1e4)) * torch.arange(half, device=tau.device) / half)
+    angle = 1000 * tau.float()[:, None] * frequency
+    return torch.cat([angle.cos(), angle.sin()], dim=-1)
+
+
+class Block(nn.Module):
+    """Attention and SwiGLU, each modulated and gated by the flow time: 30 d^2 parameters at the paper's sizes."""
+
+    def __init__(self, config: ExpertConfig) -> None:
+        super().__init__()
+        d, head_size = config.hidden_size, config.hidden_size // config.num_heads
+        self.num_heads = config.num_heads
+        self.modulation = nn.Linear(d, 6 * d)
+        self.qkv = nn.Linear(d, 3 * d)
+        self.query_norm = nn.RMSNorm(head_size)
+        self.key_norm = nn.RMSNorm(head_size)
+        self.out = nn.Linear(d, d)
+        self.ffn_in = nn.Linear(d, 2 * config.ffn_size)
+        self.ffn_out = nn.Linear(config.ffn_size, d)
+        nn.init.zeros_(self.modulation.weight)
+        with torch.no_grad():
+            bias = torch.zeros(6, d)
+            bias[[2, 5]] = config.gate_init
+            self.modulation.bias.copy_(bias.flatten())
+
+    def forward(
+        self,
+        x: Float[Tensor, "B L d"],
+        time: Float[Tensor, "B d"],
+        rotary: tuple[Tensor, Tensor],
+        key_mask: Bool[Tensor, "B 1 1 L"] | None,
+    ) -> Float[Tensor, "B L d"]:
+        shift_a, scale_a, gate_a, shift_f, scale_f, gate_f = self.modulation(time)[:, None].chunk(6, dim=-1)
+        batch, length, d = x.shape
+        h = F.layer_norm(x, (d,)) * (1 + scale_a) + shift_a
+        q, k, v = self.qkv(h).view(batch, length, 3, self.num_heads, -1).permute(2, 0, 3, 1, 4)
+        q, k = _rotate(self.query_norm(q), rotary), _rotate(self.key_norm(k), rotary)
+        attended = F.scaled_dot_product_attention(q, k, v, attn_mask=key_mask)
+        x = x + gate_a * self.out(attended.transpose(1, 2).reshape(batch, length, d))
+        h = F.layer_norm(x, (d,)) * (1 + scale_f) + shift_f
+        value, gate = self.ffn_in(h).chunk(2, dim=-1)
+        return x + gate_f * self.ffn_out(F.silu(gate) * value)
+
+
+class Expert(nn.Module):
+    """Velocity of the action chunk given the VLM's hidden states."""
+
+    def __init__(self, config: ExpertConfig, context_size: int, state_size: int, rope_theta: float) -> None:
+        super().__init__()
+        d = config.hidden_size
+        self.config = config
+        self.context_in = nn.Linear(context_size, d)
+        self.state_in = nn.Linear(state_size, d) if state_size else None
+        self.positions = None
+        if config.context_positions:
+            self.positions = nn.Parameter(torch.randn(config.context_positions, d) * 0.5)
+        self.action_in = nn.Sequential(nn.Linear(config.channels, d), nn.SiLU(), nn.Linear(d, d))
+        self.action_out = nn.Sequential(nn.Linear(d, d), nn.SiLU(), nn.Linear(d, config.channels))
+        self.time_in = nn.Sequential(nn.Linear(FLOW_TIME_FEATURES, d), nn.SiLU(), nn.Linear(d, d))
+        self.blocks = nn.ModuleList(Block(config) for _ in range(config.num_blocks))
+        self.final_modulation = nn.Linear(d, 2 * d)
+        nn.init.zeros_(self.action_out[-1].weight)
+        nn.init.zeros_(self.action_out[-1].bias)
+        self.rope_theta = rope_theta
+
+    def forward(
+        self,
+        tokens: Float[Tensor, "B S D"],
+        mask: Bool[Tensor, "B S"],
+        position_ids: Int[Tensor, "B 3 S"],
+        state: Float[Tensor, "B P"],
+        sample: Float[Tensor, "B H K"],
+        action_mask: Bool[Tensor, "H K"],
+        tau: Float[Tensor, " B"],
+    ) -> Float[Tensor, "B H K"]:
+        """Padded entries of ``sample`` are zeroed on the way in and padded steps are hidden as keys, so a chunk
+        padded to H x K and the same chunk unpadded have the same velocity."""
+        batch, horizon, _ = sample.shape
+        context = self.context_in(tokens)
+        if self.positions is not None:
+            context = context + self.positions[: tokens.shape[1]]
+        parts, masks = [context], [mask]
+        if self.state_in is not None:
+            parts.append(self.state_in(state)[:, None])
+            masks.append(mask.new_ones(batch, 1))
+        parts.append(self.action_in(sample * action_mask))
+        masks.append(action_mask.any(dim=-1).expand(batch, horizon))
+        x, valid = torch.cat(parts, dim=1), torch.cat(masks, dim=1)
+        # A mask keeps SDPA off its fastest kernel: hand one over only when something is padded.
+        key_mask = None if bool(valid.all()) else valid[:, None, None]
+
+        rotary = self._rotary(mask, position_ids, x.shape[1] - tokens.shape[1])
+        time = F.silu(self.time_in(flow_time_features(tau).to(x.dtype)))
+        for block in self.blocks:
+            x = block(x, time, rotary, key_mask)
+        shift, scale = self.final_modulation(time)[:, None].chunk(2, dim=-1)
+        actions = F.layer_norm(x[:, -horizon:], (x.shape[-1],)) * (1 + scale) + shift
+        return self.action_out(actions) * action_mask
+
+    def _rotary(
+        self, mask: Bool[Tensor, "B S"], position_ids: Int[Tensor, "B 3 S"], num_new: int
+    ) -> tuple[Tensor, Tensor]:
+        """Cosines and sines [B, 1, L, head]: the context keeps its positions, what follows counts on from
+        the largest valid one on all three axes, as the backbone itself does for text after an image."""
+        last = (position_ids * mask[:, None]).amax(dim=(1, 2))
+        new = last[:, None] + 1 + torch.arange(num_new, device=mask.device)
+        positions = torch.cat([position_ids, new[:, None].expand(-1, 3, -1)], dim=2)
+
+        half = sum(self.config.mrope_section)
+        frequency = self.rope_theta ** (-torch.arange(half, device=mask.device) / half)
+        angle = positions[..., None].float() * frequency  # [B 3 L half]
+        # Interleaved as in Qwen3.5: frequencies go t h w t h w ... until an axis has used up its section.
+        merged = angle[:, 0].clone()
+        for axis in (1, 2):
+            chosen = slice(axis, 3 * self.config.mrope_section[axis], 3)
+            merged[..., chosen] = angle[:, axis, :, chosen]
+        full = torch.cat([merged, merged], dim=-1)[:, None]
+        dtype = self.context_in.weight.dtype
+        return full.cos().to(dtype), full.sin().to(dtype)
+
+
+def _rotate(x: Float[Tensor, "B n L h"], rotary: tuple[Tensor, Tensor]) -> Float[Tensor, "B n L h"]:
+    cos, sin = rotary
+    first, second = x.chunk(2, dim=-1)
+    return x * cos + torch.cat([-second, first], dim=-1) * sin

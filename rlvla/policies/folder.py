@@ -1,0 +1,135 @@
+"""A policy on disk: config.yaml, model.safetensors, action_stats.json and tokenizer files.
+
+Weights are read from safetensors, never unpickled, and every tensor must find its place.
+"""
+
+import os
+import shutil
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from rlvla.policies.action_stats import ActionStats
+from rlvla.policies.processor import load_tokenizer
+from rlvla.policies.qwen_vla import QwenVLA
+from rlvla_envs.base import EnvSpec
+
+FILES = ("config.yaml", "model.safetensors", "action_stats.json", "tokenizer.json")
+
+
+def save_policy(policy: QwenVLA, folder: Path, weights: dict[str, torch.Tensor] | None = None) -> None:
+    """Write a policy folder: all of it or nothing.
+
+    Args:
+        weights: to save instead of the policy's own, for example an average.
+
+    Raises:
+        RuntimeError: the disk is full or not writable. What was there before is untouched.
+    """
+    from omegaconf import OmegaConf
+    from safetensors.torch import save_file
+
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    stage = folder.parent / f".{folder.name}.partial-{os.getpid()}"
+    shutil.rmtree(stage, ignore_errors=True)
+    try:
+        stage.mkdir()
+        config = {
+            "policy": OmegaConf.to_container(OmegaConf.structured(policy.config), enum_to_str=True),
+            "env_spec": policy.env_spec.to_dict(),
+        }
+        (stage / "config.yaml").write_text(OmegaConf.to_yaml(OmegaConf.create(config)))
+        state = policy.state_dict() if weights is None else weights
+        # Tied or sliced tensors share storage, which safetensors refuses; a policy has few enough to copy.
+        save_file({k: v.detach().cpu().contiguous().clone() for k, v in state.items()}, stage / "model.safetensors")
+        policy.stats.save(stage / "action_stats.json")
+        policy.tokenizer.save_pretrained(stage)
+        replace_folder(stage, folder)
+    except Exception as error:
+        shutil.rmtree(stage, ignore_errors=True)
+        # safetensors reports a full disk as its own exception with the system's words inside.
+        if isinstance(error, OSError) or "os error" in str(error).lower():
+            raise RuntimeError(
+                f"cannot save the policy to {folder}: {error}. Free some space or choose another output=; "
+                "nothing half-written was left."
+            ) from error
+        raise
+
+
+def replace_folder(stage: Path, folder: Path) -> None:
+    """Put a finished folder in the place of an old one; the old one survives until the new one stands."""
+    old = folder.parent / f".{folder.name}.old-{os.getpid()}"
+    if folder.exists():
+        os.replace(folder, old)
+    os.replace(stage, folder)
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def load_policy(folder: Path, device: str = "cpu") -> QwenVLA:
+    """Read a policy folder.
+
+    Raises:
+        ValueError: not a policy folder, a damaged file, or weights that do not fit; the message names it.
+    """
+    if not folder.is_dir():
+        raise ValueError(f"there is no policy folder at {folder}. `rlvla sft` writes one to OUTPUT/policy.")
+    missing = [name for name in FILES if not (folder / name).is_file()]
+    if missing:
+        raise ValueError(
+            f"{folder} is not a complete policy folder: {', '.join(missing)} "
+            f"{'is' if len(missing) == 1 else 'are'} missing. Write it again with `rlvla sft`, or copy the whole folder."
+        )
+    config, spec = _read_config(folder / "config.yaml")
+    try:
+        stats = ActionStats.load(folder / "action_stats.json")
+        tokenizer = load_tokenizer(folder)
+    except Exception as error:
+        raise ValueError(f"{folder} is damaged: {type(error).__name__}: {error}. Copy or write it again.") from error
+    policy = QwenVLA(config, spec, stats, tokenizer)
+    _load_weights(policy, folder / "model.safetensors")
+    return policy.to(device)
+
+
+def _read_config(path: Path) -> tuple[Any, EnvSpec]:
+    from omegaconf import OmegaConf
+
+    from rlvla.config import policy_config_from_dict
+
+    try:
+        data: Any = OmegaConf.to_container(OmegaConf.load(path))
+        spec = EnvSpec.from_dict(data["env_spec"])
+        policy = data["policy"]
+    except Exception as error:
+        raise ValueError(f"{path} is damaged: {type(error).__name__}: {error}. Copy or write the folder again.") from error
+    return policy_config_from_dict(policy), spec
+
+
+def _load_weights(policy: nn.Module, path: Path) -> None:
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
+
+    try:
+        weights = load_file(path)
+    except (SafetensorError, OSError) as error:
+        raise ValueError(f"{path} is damaged: {error}. Copy the file again, or train the policy again.") from error
+    expected = policy.state_dict()
+    homeless = sorted(set(weights) - set(expected))
+    absent = sorted(set(expected) - set(weights))
+    wrong = sorted(
+        f"{name} {tuple(weights[name].shape)} instead of {tuple(expected[name].shape)}"
+        for name in set(weights) & set(expected)
+        if weights[name].shape != expected[name].shape
+    )
+    if homeless or absent or wrong:
+        problems = [
+            f"{label}: {', '.join(names[:5])}{f' and {len(names) - 5} more' if len(names) > 5 else ''}"
+            for label, names in (("without a home", homeless), ("missing", absent), ("of another shape", wrong))
+            if names
+        ]
+        raise ValueError(
+            f"{path} does not fit its config.yaml; tensors {'; '.join(problems)}. "
+            "The weights and the configuration come from different policies."
+        )
+    policy.load_state_dict(weights)

@@ -1,0 +1,160 @@
+"""`rlvla train`: PPO on a flow-matching policy. Collect whole episodes, estimate advantages, update, repeat."""
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from tensordict import TensorDict
+
+from rlvla.acting import Actor
+from rlvla.config import AlgoConfig, Discount, TrainConfig
+from rlvla.evaluate import compare, evaluate, measure
+from rlvla.learner import Learner
+from rlvla.policies.base import ValueHead
+from rlvla.policies.folder import load_policy, save_policy
+from rlvla.report import write_report
+from rlvla.rollout import collect
+from rlvla.run import Run, pick_device
+from rlvla.seeding import seed_torch, training_state
+from rlvla.workers import open_envs
+from rlvla_algos.flow import flow_sde_schedule
+from rlvla_algos.gae import generalized_advantage_estimate
+from rlvla_algos.ppo import normalize_advantage
+from rlvla_envs.base import require_match
+
+
+def run(config: TrainConfig) -> dict[str, Any]:
+    """Refine ``config.policy`` on ``config.suite``. Everything it writes is under ``config.output``.
+
+    Returns:
+        The summary: task, success before and after on the same held-back states, trials, paired p-value, steps.
+    """
+    device = pick_device(config.device)
+    seed_torch(config.seed)
+    policy = load_policy(Path(config.policy), device)
+    value_head = ValueHead(policy.value_size, config.algo.value_hidden_sizes).to(device)
+    schedule = flow_sde_schedule(policy.num_denoising_steps, config.algo.noise_level).to(device)
+    learner = Learner(
+        policy, value_head, config.algo, schedule, seed=config.seed, total_iterations=config.iterations
+    )
+    actor = Actor(policy, block=config.inference_batch, device=device)
+
+    with Run.open(config, "train", total=config.iterations) as record:
+        envs = open_envs(config.suite, config.workers)
+        try:
+            require_match(policy.env_spec, envs.spec)
+            before = measure(actor, envs, config.eval, record, "before", env_steps=0)
+            env_steps = 0
+
+            for iteration in range(config.iterations):
+                started = record.minutes()
+                states = [
+                    training_state(config.seed, iteration, episode)
+                    for episode in range(config.episodes_per_iteration)
+                ]
+                rollout = collect(
+                    actor,
+                    value_head,
+                    envs,
+                    states,
+                    schedule=schedule,
+                    key=(config.seed, iteration),
+                    store_context=not config.algo.train_vlm,
+                    on_episodes=lambda n: record.progress.bar("episodes", n, config.episodes_per_iteration),
+                )
+                collected = record.minutes()
+
+                add_advantages(rollout, config.algo)
+                updated = learner.update(rollout, iteration)
+
+                env_steps += int(rollout["next", "executed_steps"].sum())
+                row = {
+                    "kind": "iteration",
+                    "iteration": iteration,
+                    "env_steps": env_steps,
+                    "minutes": record.minutes(),
+                    **describe(rollout),
+                    **updated,
+                    "time/rollout_s": 60 * (collected - started),
+                    "time/update_s": 60 * (record.minutes() - collected),
+                }
+                row["speed/env_steps_per_s"] = row["rollout/env_steps"] / row["time/rollout_s"]
+                record.log(row)
+                record.progress.iteration(row)
+                sound_alarms(record, row, config.algo)
+                if config.eval.every and (iteration + 1) % config.eval.every == 0:
+                    between, _ = evaluate(
+                        actor, envs, config.eval, name=f"iteration-{iteration + 1:04d}", trials=-(-config.eval.trials // 4)
+                    )
+                    record.evaluation(between, env_steps)
+                if (iteration + 1) % config.save_every == 0:
+                    save_policy(policy, record.folder / "checkpoints" / f"iteration-{iteration + 1:04d}")
+
+            save_policy(policy, record.folder / "policy")
+            after = measure(actor, envs, config.eval, record, "after", env_steps=env_steps)
+        finally:
+            envs.close()
+
+        comparison = compare(before, after)
+        record.write_json("comparison.json", comparison)
+        summary = {
+            "task": before.task,
+            "success_before": before.success,
+            "success_after": after.success,
+            "trials": before.trials,
+            "p_value": comparison["p_value"],
+            "env_steps": env_steps,
+            "minutes": round(record.minutes(), 2),
+            "report": str(record.folder / "report.html"),
+        }
+        record.finish(summary)
+        write_report(record.folder)
+        return summary
+
+
+@torch.no_grad()
+def add_advantages(rollout: TensorDict, algo: AlgoConfig) -> None:
+    """GAE over chunks; one advantage per decision, normalised over the whole iteration."""
+    steps = rollout["next", "executed_steps"]
+    per_step = algo.discount is Discount.per_step
+    advantage, value_target = generalized_advantage_estimate(
+        reward=rollout["next", "reward"],
+        value=rollout["state_value"],
+        next_value=rollout["next", "state_value"],
+        terminated=rollout["next", "terminated"],
+        # Past an episode's end the rows are padding: they count as done, so nothing flows back from them.
+        done=rollout["next", "done"] | ~rollout["valid"],
+        discount=algo.gamma ** (steps if per_step else torch.ones_like(steps)),
+        gae_lambda=algo.gae_lambda,
+    )
+    rollout["value_target"] = value_target
+    rollout["advantage"] = (
+        normalize_advantage(advantage, rollout["valid"]) if algo.normalize_advantage else advantage
+    )
+
+
+def describe(rollout: TensorDict) -> dict[str, float]:
+    """What happened in the simulators."""
+    steps = rollout["next", "executed_steps"]
+    success = rollout["next", "success"].any(dim=1)
+    return {
+        "rollout/success": float(success.float().mean()),
+        "rollout/episodes": len(rollout),
+        "rollout/decisions": int(rollout["valid"].sum()),
+        "rollout/env_steps": int(steps.sum()),
+        "rollout/mean_executed_steps": float(steps[rollout["valid"]].float().mean()),
+    }
+
+
+
+def sound_alarms(record: Run, row: dict[str, Any], algo: AlgoConfig) -> None:
+    """Say what a person would want to know before the run is over. Thresholds: docs/metrics.md."""
+    iteration = row["iteration"]
+    if row["ppo/critic_only"]:
+        if iteration >= algo.critic_only_iterations:
+            record.alarm(iteration, f"iteration {iteration}: too few successes or failures; trained the critic only")
+        return
+    if row["ppo/kl"] > 4 * algo.target_kl:
+        record.alarm(iteration, f"iteration {iteration}: KL {row['ppo/kl']:.3g} is over 4x algo.target_kl")
+    if row["value/explained_variance"] < 0 and iteration >= 5:
+        record.alarm(iteration, f"iteration {iteration}: explained variance is negative; the critic misleads")
