@@ -1,6 +1,7 @@
 """From observations to chunks: the one place where a flow policy is sampled."""
 
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import numpy as np
@@ -50,19 +51,21 @@ class Actor:
             temperature: factor on every Gaussian draw.
             schedule: of the stochastic step; the plain ODE when absent.
         """
-        thoughts = [
-            self._decide_block(observation.take(rows), [rngs[i] for i in rows], n, temperature, schedule)
-            for rows, n in self._blocks(len(observation))
-        ]
+        with _one_thread():
+            thoughts = [
+                self._decide_block(observation.take(rows), [rngs[i] for i in rows], n, temperature, schedule)
+                for rows, n in self._blocks(len(observation))
+            ]
         return thoughts[0] if len(thoughts) == 1 else _concatenate(thoughts)
 
     @torch.no_grad()
     def encode(self, observation: Observation) -> Context:
         """Contexts of any number of rows, for values of final observations."""
         parts = []
-        for rows, n in self._blocks(len(observation)):
-            context = self.policy.encode(self.policy.collate(observation.take(rows)).to(self.device))
-            parts.append(context.to_tensordict()[:n])
+        with _one_thread():
+            for rows, n in self._blocks(len(observation)):
+                context = self.policy.encode(self.policy.collate(observation.take(rows)).to(self.device))
+                parts.append(context.to_tensordict()[:n])
         return Context.from_tensordict(torch.cat(parts))
 
     def _blocks(self, size: int) -> Iterator[tuple[list[int], int]]:
@@ -84,9 +87,7 @@ class Actor:
         num_steps = policy.num_denoising_steps
         shape = (policy.horizon, policy.channels)
         # Rows past num_rows are padding: they repeat the last row, and must not advance its generator.
-        draws = [
-            (normal(rng, *shape), int(rng.integers(num_steps)), normal(rng, *shape)) for rng in rngs[:num_rows]
-        ]
+        draws = [(normal(rng, *shape), int(rng.integers(num_steps)), normal(rng, *shape)) for rng in rngs[:num_rows]]
         draws += [draws[-1]] * (self.block - num_rows)
         mask = policy.action_mask()
         noise = torch.from_numpy(np.stack([d[0] for d in draws])).to(self.device) * temperature * mask
@@ -116,11 +117,21 @@ class Actor:
         return Thought(decision, batch[keep], Context.from_tensordict(context.to_tensordict()[keep]))
 
 
-def bind(
-    policy: FlowPolicy, context: Context
-) -> Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]:
+def bind(policy: FlowPolicy, context: Context) -> Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]:
     """The velocity with its context bound, as `rlvla_algos.flow` wants it."""
     return lambda sample, tau, step: policy.velocity(context, sample, tau, step)
+
+
+@contextmanager
+def _one_thread() -> Iterator[None]:
+    """A block of a small policy gains nothing from a second thread, and beside busy simulators it loses
+    sevenfold: the threads wait for each other at every layer. It also fixes the bits."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
 
 
 def _concatenate(thoughts: list[Thought]) -> Thought:

@@ -4,7 +4,8 @@ from pathlib import Path
 from typing import Any
 
 from rlvla.config import CollectConfig
-from rlvla.dataset import DatasetWriter, Episode
+from rlvla.dataset import Episode
+from rlvla.dataset_writer import DatasetWriter
 from rlvla.progress import Progress
 from rlvla.seeding import Stream, keyed_rng, training_state
 from rlvla.workers import open_envs
@@ -44,7 +45,10 @@ def run(config: CollectConfig) -> dict[str, Any]:
                         continue
                     writer.add(
                         Episode(
-                            demonstration.images, demonstration.state, demonstration.action, demonstration.instruction
+                            demonstration.images,
+                            demonstration.state,
+                            demonstration.action,
+                            demonstration.instruction,
                         )
                     )
                     kept += 1

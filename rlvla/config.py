@@ -131,7 +131,12 @@ class AlgoConfig:
 
     def __post_init__(self) -> None:
         self.value_hidden_sizes = tuple(self.value_hidden_sizes)
-        _require(0 < self.clip_epsilon < 1, "algo.clip_epsilon", self.clip_epsilon, "in (0, 1). Typical: 0.1 to 0.3")
+        _require(
+            0 < self.clip_epsilon < 1,
+            "algo.clip_epsilon",
+            self.clip_epsilon,
+            "in (0, 1). Typical: 0.1 to 0.3",
+        )
         _require(self.noise_level > 0, "algo.noise_level", self.noise_level, "positive. Typical: 0.3 to 0.7")
         _require(0 <= self.gamma <= 1, "algo.gamma", self.gamma, "in [0, 1]. Typical: 0.99")
         _require(0 <= self.gae_lambda <= 1, "algo.gae_lambda", self.gae_lambda, "in [0, 1]. Typical: 0.95")
@@ -139,7 +144,10 @@ class AlgoConfig:
         _require(self.minibatch_size >= 2, "algo.minibatch_size", self.minibatch_size, "at least 2")
         _require(self.target_kl > 0, "algo.target_kl", self.target_kl, "positive. Typical: 0.05 to 0.3")
         _require(
-            self.value_clip is None or self.value_clip > 0, "algo.value_clip", self.value_clip, "positive, or null"
+            self.value_clip is None or self.value_clip > 0,
+            "algo.value_clip",
+            self.value_clip,
+            "positive, or null",
         )
         for name in ("policy_lr", "vlm_lr", "value_lr", "max_policy_lr", "max_grad_norm"):
             _require(getattr(self, name) > 0, f"algo.{name}", getattr(self, name), "positive")
@@ -207,7 +215,12 @@ class TrainConfig:
     def __post_init__(self) -> None:
         _check_common(self)
         _require(self.iterations >= 0, "iterations", self.iterations, "0 or more")
-        _require(self.episodes_per_iteration >= 1, "episodes_per_iteration", self.episodes_per_iteration, "at least 1")
+        _require(
+            self.episodes_per_iteration >= 1,
+            "episodes_per_iteration",
+            self.episodes_per_iteration,
+            "at least 1",
+        )
         _require(self.save_every >= 1, "save_every", self.save_every, "at least 1")
         _require(
             self.temperature == 1.0,
@@ -302,9 +315,17 @@ class SFTConfig:
         _require(self.lr > 0, "lr", self.lr, "positive. Usual: 1e-3 tiny, 5e-5 large")
         _require(self.first_steps_weight > 0, "first_steps_weight", self.first_steps_weight, "positive")
         _require(
-            self.ema_decay is None or 0 < self.ema_decay < 1, "ema_decay", self.ema_decay, "in (0, 1), or null"
+            self.ema_decay is None or 0 < self.ema_decay < 1,
+            "ema_decay",
+            self.ema_decay,
+            "in (0, 1), or null",
         )
-        _require(min(self.beta_alpha, self.beta_beta) > 0, "beta_alpha, beta_beta", (self.beta_alpha, self.beta_beta), "positive")
+        _require(
+            min(self.beta_alpha, self.beta_beta) > 0,
+            "beta_alpha, beta_beta",
+            (self.beta_alpha, self.beta_beta),
+            "positive",
+        )
 
 
 Verb = Literal["collect", "sft", "train", "eval"]
@@ -505,4 +526,6 @@ def _first_lines(error: Exception) -> str:
     if wrapped is not None and "Error merging" in text:
         text = f"{text.splitlines()[0]}: {wrapped}"
     internals = ("full_key", "object_type", "reference_type")
-    return " ".join(line.strip() for line in text.splitlines() if line.strip() and not line.strip().startswith(internals))
+    return " ".join(
+        line.strip() for line in text.splitlines() if line.strip() and not line.strip().startswith(internals)
+    )

@@ -109,9 +109,7 @@ def evaluate(
     return measured, seen
 
 
-def measure(
-    actor: Actor, envs: Envs, config: EvalConfig, record: Run, name: str, *, env_steps: int = 0
-) -> Evaluation:
+def measure(actor: Actor, envs: Envs, config: EvalConfig, record: Run, name: str, *, env_steps: int = 0) -> Evaluation:
     """Success on all held-back states, the shuffled-image probe and the filmed episodes, all written to the run."""
     passes, done = 1 + config.shuffled_images, 0
 
@@ -176,14 +174,18 @@ def film(actor: Actor, envs: Envs, config: EvalConfig, folder: Path, phase: str)
         file = f"{phase}-{state}.mp4"
         _write_video(folder / file, frames, envs.spec.control_hz)
         entries.append(
-            {"file": file, "phase": phase, "initial_state": state, "success": success, "instruction": instruction}
+            {
+                "file": file,
+                "phase": phase,
+                "initial_state": state,
+                "success": success,
+                "instruction": instruction,
+            }
         )
     return entries
 
 
-def _film_episode(
-    actor: Actor, envs: Envs, config: EvalConfig, state: int
-) -> tuple[list[np.ndarray], bool, str]:
+def _film_episode(actor: Actor, envs: Envs, config: EvalConfig, state: int) -> tuple[list[np.ndarray], bool, str]:
     empty = np.zeros(0, dtype=np.int64)
     nothing = np.zeros((0, 1, 1), dtype=np.float32)
     slot = np.zeros(1, dtype=np.int64)
@@ -205,13 +207,15 @@ def _film_episode(
             if result.done[0]:
                 # Hold the last frame for a moment: the eye wants to see how it ended.
                 return frames + [frame] * 10, bool(result.success[0]), observation.instruction[0]
-        observation, decision = result.observation, decision + 1
+            observation = result.observation
+        decision += 1
 
 
 def _write_video(path: Path, frames: Sequence[np.ndarray], fps: float) -> None:
     import imageio.v2 as imageio
 
     # yuv420p plays in every browser; it needs even sides, which our frames have.
+    writer: Any
     with imageio.get_writer(path, fps=fps, codec="libx264", macro_block_size=2, quality=7) as writer:
         for frame in frames:
             writer.append_data(frame)
@@ -228,9 +232,7 @@ def _swap_images(
         while (donor, last) not in shown:
             last -= 1
         donors.append(shown[donor, last])
-    return Observation(
-        Observation.concatenate(donors).images, observation.instruction, observation.state
-    )
+    return Observation(Observation.concatenate(donors).images, observation.instruction, observation.state)
 
 
 def run(config: EvaluateConfig) -> dict[str, Any]:
@@ -241,9 +243,7 @@ def run(config: EvaluateConfig) -> dict[str, Any]:
         envs = open_envs(config.suite, config.workers)
         try:
             require_match(policy.env_spec, envs.spec)
-            own = measure(
-                Actor(policy, block=config.inference_batch, device=device), envs, config.eval, record, "eval"
-            )
+            own = measure(Actor(policy, block=config.inference_batch, device=device), envs, config.eval, record, "eval")
         finally:
             envs.close()
         return {

@@ -55,7 +55,8 @@ class Learner:
         rates = {"expert": config.policy_lr, "vlm": config.vlm_lr}
         self._policy_parameters = [p for name in trained for p in groups[name]]
         self._policy_optimizer = torch.optim.Adam(
-            [{"params": groups[name], "lr": rates[name], "initial_lr": rates[name]} for name in trained], eps=1e-5
+            [{"params": groups[name], "lr": rates[name], "initial_lr": rates[name]} for name in trained],
+            eps=1e-5,
         )
         # An optimizer of its own: in a critic-only update Adam's momentum must not move the policy.
         self._value_optimizer = torch.optim.Adam(value_head.parameters(), lr=config.value_lr, eps=1e-5)
@@ -71,7 +72,6 @@ class Learner:
         Raises:
             InvariantError: the learner does not score the rollout's own actions as the rollout did.
         """
-        config = self.config
         data = rollout[rollout["valid"]]
         self._set_learning_rate(iteration)
         self._check_before(data)
@@ -168,7 +168,11 @@ class Learner:
                     sums[name] = sums.get(name, 0.0) + float(value)
             if epoch_kl / len(batches) > config.kl_stop_factor * config.target_kl:
                 break
-        return {**{name: total / num_batches for name, total in sums.items()}, "ppo/epochs": epoch + 1.0, **self._checked}
+        return {
+            **{name: total / num_batches for name, total in sums.items()},
+            "ppo/epochs": epoch + 1.0,
+            **self._checked,
+        }
 
     def _critic_epochs(self, data: TensorDict, iteration: int) -> dict[str, float]:
         total, count = 0.0, 0
@@ -208,7 +212,9 @@ class Learner:
                     f"{name} is not finite for {int((~torch.isfinite(data[name])).sum())} entries of the rollout. "
                     "Look at the rewards and values in metrics.jsonl, or lower algo.value_lr."
                 )
-        training = [n for n, m in self.policy.named_modules() if m.training] if isinstance(self.policy, nn.Module) else []
+        training = (
+            [n for n, m in self.policy.named_modules() if m.training] if isinstance(self.policy, nn.Module) else []
+        )
         if training:
             raise InvariantError(
                 f"{training[0] or 'the policy'} is in training mode, so dropout may be on and no ratio means anything. "

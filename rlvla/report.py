@@ -1,7 +1,9 @@
 """`report.html`: what a run did, on one page that needs nothing else.
 
-The page is text, inline SVG and base64 video; its content security policy forbids every request. All that a run
-folder may lack (it was killed, it only evaluated) is said on the page and is never an error.
+The page is text, inline SVG and base64 video; its content security policy forbids every request. All that a
+run folder may lack (it was killed, it only evaluated) is said on the page and is never an error.
+
+Order of this file: read the folder, say the verdict, draw the sections from top to bottom, style.
 """
 
 import base64
@@ -85,7 +87,7 @@ def write_report(run_dir: Path) -> Path:
         raise FileNotFoundError(f"{run_dir} is not a folder; give the output folder of a run.")
     page = render(read_run(run_dir))
     target, stage = run_dir / "report.html", run_dir / "report.html.partial"
-    stage.write_text(page, encoding="utf-8")
+    stage.write_bytes(page.encode("utf-8", "replace"))
     os.replace(stage, target)
     return target
 
@@ -175,14 +177,12 @@ def _read_metrics(path: Path, problems: list[str]) -> list[Record]:
         if isinstance(row, dict):
             rows.append(row)
     if torn:
-        problems.append(
-            f"{torn} line(s) of metrics.jsonl could not be read; the run was probably killed there"
-        )
+        problems.append(f"{torn} line(s) of metrics.jsonl could not be read; the run was probably killed there")
     return rows
 
 
 def _last_of_each(rows: Iterable[Record], kind: str, key: tuple[str, ...]) -> list[Record]:
-    kept = {tuple(row.get(part) for part in key): row for row in rows if row.get("kind") == kind}
+    kept = {tuple(str(row.get(part)) for part in key): row for row in rows if row.get("kind") == kind}
     return list(kept.values())
 
 
@@ -193,19 +193,22 @@ def _value(record: Record, key: str) -> float | None:
 
 
 def _interval(record: Record) -> Interval | None:
-    found = record.get("interval")
-    if (
-        not isinstance(found, list)
-        or len(found) != 2
-        or not all(isinstance(bound, int | float) for bound in found)
-    ):
+    bounds = [_value({"bound": bound}, "bound") for bound in _list(record, "interval")]
+    if len(bounds) != 2 or bounds[0] is None or bounds[1] is None:
         return None
-    return float(found[0]), float(found[1])
+    return bounds[0], bounds[1]
+
+
+def _list(record: Record, key: str) -> list[Any]:
+    found = record.get(key)
+    return found if isinstance(found, list) else []
 
 
 def _rate_interval(rate: float | None, trials: float | None) -> Interval | None:
     """Wilson 95% of a rate over a known number of trials."""
-    return wilson_interval(round(rate * trials), round(trials)) if rate is not None and trials else None
+    if rate is None or not trials or not 0 <= rate <= 1:
+        return None
+    return wilson_interval(round(rate * trials), round(trials))
 
 
 def render(run: RunFolder) -> str:
@@ -251,11 +254,9 @@ def _missing(text: str) -> str:
 def _table(rows: Iterable[Sequence[str]], head: Sequence[str] = (), css: str = "") -> str:
     """Cells are HTML. The first one of a row is its header."""
     top = "".join(f'<th scope="col">{cell}</th>' for cell in head)
-    body = "".join(
-        f'<tr><th scope="row">{row[0]}</th>{"".join(f"<td>{cell}</td>" for cell in row[1:])}</tr>'
-        for row in rows
-    )
-    return f'<div class="scroll"><table class="{css}">{f"<thead><tr>{top}</tr></thead>" if head else ""}{body}</table></div>'
+    body = [f'<th scope="row">{row[0]}</th>' + "".join(f"<td>{cell}</td>" for cell in row[1:]) for row in rows]
+    lines = [f"<tr>{cells}</tr>" for cells in ([top, *body] if head else body)]
+    return f'<div class="scroll"><table class="{css}">{"".join(lines)}</table></div>'
 
 
 def _data(value: float, form: Format = percent) -> str:
@@ -295,9 +296,7 @@ def _header(run: RunFolder) -> str:
 
 def _verdict(run: RunFolder) -> tuple[str, str]:
     """(css class, one sentence). Every number in it is in comparison.json or evaluations/."""
-    facts = {
-        key: _value(run.comparison, key) for key in ("before", "after", "trials", "p_value", "difference")
-    }
+    facts = {key: _value(run.comparison, key) for key in ("before", "after", "trials", "p_value", "difference")}
     known = {key: value for key, value in facts.items() if value is not None}
     if len(known) < len(facts):
         return _verdict_without_test(run)
@@ -308,38 +307,36 @@ def _verdict(run: RunFolder) -> tuple[str, str]:
     if interval:
         spread = f", 95% interval {_data(interval[0], _points)} to {_data(interval[1], _points)}"
     test = (
-        f"(paired exact McNemar p = {_data(known['p_value'], _p_value)}; difference "
-        f"{_data(difference, _points)} points{spread})"
+        f"<small>(paired exact McNemar p = {_data(known['p_value'], _p_value)}; difference "
+        f"{_data(difference, _points)} points{spread})</small>"
     )
     if known["p_value"] >= SIGNIFICANCE:
-        return (
+        tone, claim = (
             "flat",
-            f"No significant change: success was {before} before and {after} after on {states} {test}.",
+            f"No significant change: success was {before} before and {after} after on {states}",
         )
-    if difference < 0:
-        return (
+    elif difference < 0:
+        tone, claim = (
             "worse",
-            f"Success fell from {before} to {after} on {states} {test}. Keep the policy from before.",
+            f"Success fell from {before} to {after} on {states}: keep the policy from before",
         )
-    return "better", f"Success rose from {before} to {after} on {states} {test}."
+    else:
+        tone, claim = "better", f"Success rose from {before} to {after} on {states}"
+    return tone, f"{claim} {test}"
 
 
 def _verdict_without_test(run: RunFolder) -> tuple[str, str]:
     before, after = run.evaluations.get("before"), run.evaluations.get("after")
-    if before and after:
-        return (
-            "flat",
-            f"{_rate(before)} before, {_rate(after)} after; comparison.json, the paired test, is missing.",
-        )
-    if before:
-        return (
-            "flat",
-            f"There is no result yet: before training {_rate(before)}; the evaluation after it is missing.",
-        )
     own = [e for e in run.evaluations.values() if e.get("images") != "shuffled"]
-    if own:
-        return "flat", f"The policy succeeds in {_rate(own[-1])}."
-    return "flat", "There is no result yet: nothing was evaluated."
+    if before and after:
+        sentence = f"{_rate(before)} before, {_rate(after)} after; the paired test, comparison.json, is missing."
+    elif before:
+        sentence = f"No result yet: before training {_rate(before)}; the evaluation after it is missing."
+    elif own:
+        sentence = f"The policy succeeds on {_rate(own[-1])}."
+    else:
+        sentence = "No result yet: nothing was evaluated."
+    return "flat", sentence
 
 
 def _rate(evaluation: Record) -> str:
@@ -356,41 +353,28 @@ def _facts(run: RunFolder) -> str:
     last: Record = run.iterations[-1] if run.iterations else {}
     steps = _value(run.summary, "env_steps") or _value(last, "env_steps")
     minutes = _value(run.summary, "minutes") or _value(last, "minutes")
-    planned = run.setting("iterations")
-    done = f"{len(run.iterations)}{f' of {planned}' if planned else ''} iterations" if run.trains else ""
-    spent = [
-        done,
-        f"{number(steps)} environment steps" if steps else "",
-        f"{number(minutes)} minutes" if minutes else "",
-    ]
+    parts = []
+    if run.trains:
+        planned = run.setting("iterations")
+        of = f" of {escape(str(planned))}" if planned is not None else ""
+        parts.append(f"{len(run.iterations)}{of} iterations")
+    parts += [f"{number(n)} {unit}" for n, unit in ((steps, "environment steps"), (minutes, "minutes")) if n]
     if not run.summary:
-        metrics = run.path / "metrics.jsonl"
-        when = (
-            f"{datetime.fromtimestamp(metrics.stat().st_mtime, UTC):%Y-%m-%d %H:%M} UTC"
-            if metrics.is_file()
-            else ""
-        )
-        spent.append(
-            '<strong class="unfinished">this run has not finished</strong>'
-            + (f", its last metric is from {when}" if when else " and wrote no metrics")
-        )
-    return " · ".join(part for part in spent if part)
+        parts.append(f'<strong class="unfinished">this run has not finished</strong>, {_last_sign(run.path)}')
+    return " · ".join(parts)
+
+
+def _last_sign(path: Path) -> str:
+    metrics = path / "metrics.jsonl"
+    if not metrics.is_file():
+        return "and it wrote no metrics"
+    return f"its last metric is from {datetime.fromtimestamp(metrics.stat().st_mtime, UTC):%Y-%m-%d %H:%M} UTC"
 
 
 def _success(run: RunFolder) -> str:
-    labels = {
-        "before": ("Before", 1),
-        "after": ("After", 0),
-        "before-shuffled": ("Before, shown another episode's images", 3),
-        "after-shuffled": ("After, shown another episode's images", 3),
-    }
-    others = {
-        name: (name, 0)
-        for name in run.evaluations
-        if name not in labels and not name.startswith("iteration-")
-    }
+    others = [n for n in run.evaluations if n not in EVALUATIONS and not n.startswith("iteration-")]
     rows = []
-    for name, (label, tint) in {**labels, **others}.items():
+    for name, (label, tint) in {**EVALUATIONS, **{name: (name, 0) for name in others}}.items():
         evaluation = run.evaluations.get(name, {})
         success = _value(evaluation, "success")
         if success is not None:
@@ -401,35 +385,37 @@ def _success(run: RunFolder) -> str:
         return _section("Success", _missing("No evaluation was written: evaluations/ is empty."))
     described = "; ".join(f"{row.label} {percent(row.value)}" for row in rows)
     chart = interval_chart(title="Success with 95% Wilson intervals", description=described, rows=rows)
-    absent = [label for name, (label, _) in labels.items() if run.trains and name not in run.evaluations]
-    notes = [
-        *_conditions(run),
-        *_probe(run),
-        *([f"Not measured: {'; '.join(absent).lower()}."] if absent else []),
-    ]
+    notes = [*_conditions(run), *_probe(run)]
+    absent = [label.lower() for name, (label, _) in EVALUATIONS.items() if name not in run.evaluations]
+    if run.trains and absent:
+        notes.append(f"Not measured: {'; '.join(absent)}.")
     text = "".join(f"<p>{note}</p>" for note in notes)
-    return _section(
-        "Success", f'<div class="split"><figure>{chart}</figure><div class="prose">{text}</div></div>'
-    )
+    return _section("Success", f'<div class="split"><figure>{chart}</figure><div class="prose">{text}</div></div>')
+
+
+EVALUATIONS = {
+    "before": ("Before", 1),
+    "after": ("After", 0),
+    "before-shuffled": ("Before, eyes swapped", 3),
+    "after-shuffled": ("After, eyes swapped", 3),
+}
+"""Name -> label, tint."""
 
 
 def _conditions(run: RunFolder) -> list[str]:
     """How success was measured: it depends on this."""
     one: Record = run.evaluations.get("after") or run.evaluations.get("before") or {}
-    parts = [f"{label} {escape(str(one[key]))}" for label, key in CONDITIONS if one.get(key) is not None]
-    return [f"Bars are 95% Wilson intervals. Measured at {', '.join(parts)}."] if parts else []
-
-
-CONDITIONS = (
-    ("temperature", "temperature"),
-    ("sampler", "sampler"),
-    ("step limit", "max_episode_steps"),
-    ("seed", "seed"),
-)
+    words = {
+        "temperature": "temperature {}",
+        "sampler": "the {} sampler",
+        "max_episode_steps": "at most {} steps",
+    }
+    measured = [text.format(escape(str(one[key]))) for key, text in words.items() if key in one]
+    return [f"Bars are 95% Wilson intervals. Measured with {', '.join(measured)}."] if measured else []
 
 
 def _probe(run: RunFolder) -> list[str]:
-    """Does the policy look? One sentence per phase."""
+    """Does the policy look? One sentence per phase, and one that says what the probe is."""
     sentences = []
     for phase in ("before", "after"):
         found = run.probe.get(phase)
@@ -437,15 +423,14 @@ def _probe(run: RunFolder) -> list[str]:
         own, shuffled, p = (_value(probe, key) for key in ("own", "shuffled", "p_value"))
         if own is None or shuffled is None or p is None:
             continue
-        numbers = f"{percent(own)} with its own images, {percent(shuffled)} with another episode's (p = {_p_value(p)})"
-        if p < SIGNIFICANCE and shuffled < own:
-            sentences.append(f"<b>{phase.capitalize()} training the policy looks</b>: {numbers}.")
-        else:
-            sentences.append(
-                f"<b>{phase.capitalize()} training the policy may be blind</b>: {numbers}. Nothing shows that its "
-                "success comes from what it sees."
-            )
-    return sentences
+        looks = p < SIGNIFICANCE and shuffled < own
+        claim = "the policy looks" if looks else "the policy may be blind, nothing shows that it uses its eyes"
+        sentences.append(
+            f"<b>{phase.capitalize()} training {claim}</b>: {percent(own)} with its own images, "
+            f"{percent(shuffled)} with swapped ones (p = {_p_value(p)})."
+        )
+    probe_is = "Eyes swapped: every episode is shown another one's images. A blind policy loses nothing by it."
+    return [*sentences, probe_is] if sentences else []
 
 
 def _learning_curve(run: RunFolder) -> str:
@@ -460,7 +445,7 @@ def _learning_curve(run: RunFolder) -> str:
         ends = [percent(rate) if rate is not None else "unknown" for rate in (first, last)]
         chart = line_chart(
             title=f"Success against {label}",
-            description=f"Rollout success goes from {ends[0]} to {ends[1]} in {len(run.iterations)} iterations.",
+            description=f"Rollouts go from {ends[0]} to {ends[1]} in {len(run.iterations)} iterations.",
             series=[s for s in series if s.x],
             x_label=label,
             y_format=percent,
@@ -470,8 +455,8 @@ def _learning_curve(run: RunFolder) -> str:
     return _section(
         "Learning curve",
         f'<div class="grid two">{"".join(charts)}</div>',
-        "Rollouts act with exploration noise and evaluations without, at their own temperature; the two need not "
-        "agree. Bands and bars are 95% Wilson intervals.",
+        "Rollouts act with exploration noise; evaluations without it and at their own temperature, so the "
+        "two need not agree. Bands and bars are 95% Wilson intervals.",
     )
 
 
@@ -482,9 +467,7 @@ def _rollout_series(run: RunFolder, key: str) -> Series:
         name="rollouts",
         x=[_value(row, key) or 0.0 for row in rows],
         y=success,
-        interval=[
-            _rate_interval(y, _value(row, "rollout/episodes")) for y, row in zip(success, rows, strict=True)
-        ],
+        interval=[_rate_interval(y, _value(row, "rollout/episodes")) for y, row in zip(success, rows, strict=True)],
         tint=0,
     )
 
@@ -511,9 +494,7 @@ def _pairs(run: RunFolder) -> str:
     if not run.trains:
         return ""
     if None in counts:
-        return _section(
-            "State by state", _missing("No comparison.json: before and after were not both evaluated.")
-        )
+        return _section("State by state", _missing("No comparison.json: before and after were not both evaluated."))
     gained, lost, kept, trials = (int(count or 0) for count in counts)
     never = trials - gained - lost - kept
     rows = [
@@ -552,11 +533,11 @@ KINDS = {
 
 
 def _outcome_cells(run: RunFolder) -> list[Cell]:
-    outcomes: list[dict[Any, int]] = []
+    outcomes: list[dict[str, int]] = []
     for phase in ("before", "after"):
         record = run.evaluations.get(phase, {})
-        states, solved = record.get("initial_states", []), record.get("outcomes", [])
-        outcomes.append({state: int(bool(x)) for state, x in zip(states, solved, strict=False)})
+        pairs = zip(_list(record, "initial_states"), _list(record, "outcomes"), strict=False)
+        outcomes.append({str(state): int(bool(solved)) for state, solved in pairs})
     before, after = outcomes
     kinds = [((before[state], after[state]), state) for state in before if state in after]
     order = list(KINDS)
@@ -569,14 +550,14 @@ def _outcome_cells(run: RunFolder) -> list[Cell]:
 
 def _videos(run: RunFolder) -> str:
     """Before and after side by side, by initial state."""
-    by_state: dict[Any, dict[str, str]] = {}
-    instruction: dict[Any, str] = {}
+    by_state: dict[str, dict[str, str]] = {}
+    instruction: dict[str, str] = {}
     left_out, spent = 0, 0
     for entry in run.videos:
         # Only the last part of the name: an index must not reach outside its folder.
         file = run.path / "videos" / Path(str(entry.get("file"))).name
         size = file.stat().st_size if file.is_file() else 0
-        state, phase = entry.get("initial_state"), str(entry.get("phase"))
+        state, phase = str(entry.get("initial_state")), str(entry.get("phase"))
         instruction[state] = str(entry.get("instruction", ""))
         if not size or spent + size > MAX_VIDEO_BYTES:
             left_out += 1
@@ -594,15 +575,13 @@ def _videos(run: RunFolder) -> str:
         caption = f"State {escape(str(state))}: “{escape(instruction[state])}”"
         pairs.append(
             f'<figure class="pair"><div class="films">{films}</div>'
-            f'<figcaption>{caption} <button type="button" hidden>play together</button></figcaption></figure>'
+            f'<figcaption>{caption} <button type="button" hidden>play</button></figcaption></figure>'
         )
-    note = (
-        _missing(f"{left_out} video(s) are absent, or too large to embed; see videos/.") if left_out else ""
-    )
-    return _section("Videos", f'<div class="grid pairs-of-films">{"".join(pairs)}</div>{note}')
+    note = _missing(f"{left_out} video(s) are absent, or too large to embed; see videos/.") if left_out else ""
+    return _section("Videos", f'<div class="grid four">{"".join(pairs)}</div>{note}')
 
 
-def _video(file: Path, phase: str, state: Any, success: bool) -> str:
+def _video(file: Path, phase: str, state: str, success: bool) -> str:
     content = base64.b64encode(file.read_bytes()).decode()
     badge = '<b class="badge solved">✓ solved</b>' if success else '<b class="badge failed">✗ not solved</b>'
     label = escape(f"{phase}, initial state {state}, {'solved' if success else 'not solved'}")
@@ -612,7 +591,7 @@ def _video(file: Path, phase: str, state: Any, success: bool) -> str:
     )
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True)
 class Panel:
     """One health chart: what is drawn and what healthy looks like."""
 
@@ -627,70 +606,85 @@ class Panel:
     y_format: Format = number
 
 
-PANELS = (
-    Panel(
-        title="KL per chunk, nats",
-        keys={"ppo/kl": "KL"},
-        healthy="At or a little below the target. Far above it, the policy moved further than its data supports.",
-        limits={"algo.target_kl": "target"},
-    ),
-    Panel(
-        title="Clip fraction",
-        keys={"ppo/clip_fraction": "clip fraction"},
-        healthy="Some per cent to about 30%. Near zero the update barely moves; far above, it is mostly cut off.",
-        y_format=percent,
-    ),
-    Panel(
-        title="Explained variance of the critic",
-        keys={"value/explained_variance": "explained variance"},
-        healthy="Rises above 0 within some iterations. At or below 0 the critic knows no more than a constant.",
-        y_range=(-1.0, 1.0),
-    ),
-    Panel(
-        title="Learning rate of the policy",
-        keys={"optim/policy_lr": "learning rate"},
-        healthy="Steered by KL, it settles within a few factors of 1.5. At its ceiling, the KL target is out of reach.",
-        limits={"algo.max_policy_lr": "ceiling"},
-        log_y=True,
-    ),
-    Panel(
-        title="Value loss",
-        keys={"loss/value": "value loss"},
-        healthy="Falls, then stays level. A jump says that the policy changed faster than the critic could follow.",
-    ),
-    Panel(
-        title="Gradient norm before clipping",
-        keys={"optim/grad_norm": "gradient norm"},
-        healthy="Steady, mostly below the clip. Always above it, the clip sets the step size.",
-        limits={"algo.max_grad_norm": "clip"},
-    ),
-    Panel(
-        title="First minibatch: is it the same policy?",
-        keys={"ppo/mean_error": "mean error, in s", "ppo/ratio_error": "|ratio − 1|"},
-        healthy="Mean error below its tolerance in fp32. Above it, rollout and learner disagree on the policy.",
-        limits={"algo.mean_tolerance": "mean tolerance"},
-        log_y=True,
-    ),
+KL = Panel(
+    "KL per chunk, nats",
+    {"ppo/kl": "KL"},
+    "near the target. Far above it, the policy moved further than its data supports.",
+    {"algo.target_kl": "target"},
 )
+CLIP_FRACTION = Panel(
+    "Clip fraction",
+    {"ppo/clip_fraction": "clip fraction"},
+    "some per cent to about 30%. Near zero the update barely moves; far above, most of it is cut off.",
+    y_format=percent,
+)
+EXPLAINED_VARIANCE = Panel(
+    "Explained variance of the critic",
+    {"value/explained_variance": "explained variance"},
+    "above 0 within some iterations. At or below 0 the critic knows no more than a constant.",
+    y_range=(-1.0, 1.0),
+)
+LEARNING_RATE = Panel(
+    "Learning rate of the policy",
+    {"optim/policy_lr": "learning rate"},
+    "steered by KL, it settles. At its ceiling, the KL target is out of reach.",
+    {"algo.max_policy_lr": "ceiling"},
+    log_y=True,
+)
+VALUE_LOSS = Panel(
+    "Value loss",
+    {"loss/value": "value loss"},
+    "falls, then stays level. A jump says that the policy changed faster than the critic could follow.",
+)
+GRADIENT_NORM = Panel(
+    "Gradient norm before clipping",
+    {"optim/grad_norm": "gradient norm"},
+    "steady, mostly below the clip. Always above it, the clip sets the step size.",
+    {"algo.max_grad_norm": "clip"},
+)
+MEAN_ERROR = Panel(
+    "First minibatch: mean error, in s",
+    {"ppo/mean_error": "mean error"},
+    "below its tolerance in fp32. Above it, rollout and learner do not compute the same policy.",
+    {"algo.mean_tolerance": "tolerance"},
+    log_y=True,
+)
+RATIO_ERROR = Panel(
+    "First minibatch: |ratio − 1|",
+    {"ppo/ratio_error": "|ratio − 1|"},
+    "below its tolerance: before the first step of an update the ratio is 1.",
+    {"algo.ratio_tolerance": "tolerance"},
+    log_y=True,
+)
+
+
+def _kl_by_step(run: RunFolder) -> Panel:
+    found = {key for row in run.iterations for key in row if key.startswith("ppo/kl_step_")}
+    keys = sorted(found, key=lambda key: (len(key), key))[: len(TINTS)]
+    return Panel(
+        "KL by denoising step, nats",
+        {key: f"step {key.removeprefix('ppo/kl_step_')}" for key in keys},
+        "the last step weighs most, as the same change of velocity costs most there; all move together.",
+    )
 
 
 def _health(run: RunFolder) -> str:
     if not run.trains:
         return ""
-    steps = {key for row in run.iterations for key in row if key.startswith("ppo/kl_step_")}
-    by_step = sorted(steps, key=lambda key: int("".join(c for c in key if c.isdigit()) or 0))
-    kl_steps = Panel(
-        title="KL by denoising step, nats",
-        keys={key: f"step {key.removeprefix('ppo/kl_step_')}" for key in by_step[:6]},
-        healthy="No step dominates for long. The same change of velocity costs most at the last step.",
-    )
-    panels = [PANELS[0], *([kl_steps] if by_step else []), *PANELS[1:]]
-    figures = "".join(_panel(run, panel) for panel in panels)
+    panels = [
+        KL,
+        _kl_by_step(run),
+        CLIP_FRACTION,
+        EXPLAINED_VARIANCE,
+        VALUE_LOSS,
+        GRADIENT_NORM,
+        LEARNING_RATE,
+    ]
+    figures = "".join(_panel(run, panel) for panel in [*panels, MEAN_ERROR, RATIO_ERROR])
     return _section(
         "Health",
         f'<div class="grid three">{figures}</div>{_iteration_table(run)}',
-        "Against iterations. Under each chart: what healthy looks like. A hollow mark lies off the scale; point at "
-        "it for its value.",
+        "Against iterations. A hollow mark lies off the scale; point at any mark for its value.",
     )
 
 
@@ -703,15 +697,13 @@ def _panel(run: RunFolder, panel: Panel) -> str:
         if any(value is not None for value in values[key])
     ]
     if not series:
-        return _figure(panel.title, _missing("Not recorded."), panel.healthy)
+        return _figure(panel.title, _missing("Not recorded."), f"Healthy: {panel.healthy}")
     references = []
     for key, label in panel.limits.items():
         limit = _number(run.setting(key))
         if limit is not None:
             references.append(Reference(y=limit, label=f"{label} {number(limit)}"))
-    last = [
-        f"{s.name} ends at {panel.y_format(next(y for y in reversed(s.y) if y is not None))}" for s in series
-    ]
+    last = [f"{s.name} ends at {panel.y_format(next(y for y in reversed(s.y) if y is not None))}" for s in series]
     chart = line_chart(
         title=panel.title,
         description=f"{'; '.join(last)}. Healthy: {panel.healthy}",
@@ -724,7 +716,7 @@ def _panel(run: RunFolder, panel: Panel) -> str:
         width=300,
         height=170,
     )
-    return _figure(panel.title, chart, panel.healthy)
+    return _figure(panel.title, chart, f"Healthy: {panel.healthy}")
 
 
 TINTS = (0, 2, 4, 5, 1, 3)
@@ -734,9 +726,10 @@ TINTS = (0, 2, 4, 5, 1, 3)
 def _number(setting: Any) -> float | None:
     """A configured number; YAML reads 5e-6 as text."""
     try:
-        return float(setting)
+        found = float(setting)
     except (TypeError, ValueError):
         return None
+    return found if math.isfinite(found) else None
 
 
 COLUMNS: tuple[tuple[str, str, Format], ...] = (
@@ -769,11 +762,12 @@ def _iteration_table(run: RunFolder) -> str:
 def _alarms(run: RunFolder) -> str:
     if not run.trains:
         return ""
-    items = "".join(
-        f"<li><b>iteration {escape(str(alarm.get('iteration', '?')))}</b> {escape(str(alarm.get('message', '')))}</li>"
-        for alarm in run.alarms
-    )
-    return _section("Alarms", f"<ul class=alarms>{items}</ul>" if items else "<p>None.</p>")
+    items = ""
+    for alarm in run.alarms:
+        where = f"iteration {alarm.get('iteration')}"
+        what = str(alarm.get("message")).removeprefix(f"{where}: ")
+        items += f"<li><b>{escape(where)}</b> {escape(what)}</li>"
+    return _section("Alarms", f"<ul>{items}</ul>" if items else "<p>None.</p>")
 
 
 def _time(run: RunFolder) -> str:
@@ -783,10 +777,8 @@ def _time(run: RunFolder) -> str:
         label: sum(_value(row, key) or 0.0 for row in run.iterations) / 60
         for label, key in (("rollouts", "time/rollout_s"), ("updates", "time/update_s"))
     }
-    total = _value(run.summary, "minutes") or max((_value(row, "minutes") or 0.0 for row in run.iterations))
-    spent["everything else: evaluations, videos, start-up, checkpoints"] = max(
-        0.0, total - sum(spent.values())
-    )
+    total = _value(run.summary, "minutes") or max(_value(row, "minutes") or 0.0 for row in run.iterations)
+    spent["evaluations and all else"] = max(0.0, total - sum(spent.values()))
     whole = sum(spent.values()) or 1.0
     rows = [
         (
@@ -797,14 +789,8 @@ def _time(run: RunFolder) -> str:
         )
         for label, minutes in spent.items()
     ]
-    rates = sorted(
-        rate for row in run.iterations if (rate := _value(row, "speed/env_steps_per_s")) is not None
-    )
-    lead = (
-        f"Rollouts run at {number(rates[len(rates) // 2])} environment steps per second (median)."
-        if rates
-        else ""
-    )
+    rates = sorted(rate for row in run.iterations if (rate := _value(row, "speed/env_steps_per_s")) is not None)
+    lead = f"Rollouts run at {number(rates[len(rates) // 2])} environment steps per second (median)." if rates else ""
     return _section("Where the time went", _table(rows, css="time"), lead)
 
 
@@ -818,10 +804,8 @@ SETTINGS: tuple[tuple[str, tuple[str, ...]], ...] = (
     ("learning rate: start, schedule, critic", ("algo.policy_lr", "algo.lr_schedule", "algo.value_lr")),
     ("backbone trained", ("algo.train_vlm",)),
     ("episodes an iteration", ("episodes_per_iteration",)),
-    (
-        "environments: kind, actors (0: one a core), each",
-        ("workers.kind", "workers.num_actors", "workers.envs_per_actor"),
-    ),
+    ("environments: kind, actors (0: one a core)", ("workers.kind", "workers.num_actors")),
+    ("environments an actor", ("workers.envs_per_actor",)),
     ("actions in a chunk, step limit", ("suite.chunk_size", "suite.max_episode_steps")),
     ("seed of the run, of evaluations", ("seed", "eval.seed")),
 )
@@ -854,9 +838,7 @@ def _find(node: Any, name: str) -> Any:
 
 def _details(run: RunFolder) -> str:
     versions = _table((escape(str(k)), escape(str(v))) for k, v in run.versions.items())
-    config = (
-        f"<pre>{escape(run.config_text)}</pre>" if run.config_text else _missing("config.yaml is missing.")
-    )
+    config = f"<pre>{escape(run.config_text)}</pre>" if run.config_text else _missing("config.yaml is missing.")
     return (
         f"<section><details><summary>Full configuration</summary>{config}</details>"
         f"<details><summary>Versions and machine</summary>"
@@ -864,58 +846,72 @@ def _details(run: RunFolder) -> str:
     )
 
 
-# The only script: start both films of a pair from the first frame. Without it the page loses that button.
+# The only script. A click plays or stops both films of a pair together; without it each has its controls.
 SCRIPT = """
 for (const pair of document.querySelectorAll(".pair")) {
   const films = [...pair.querySelectorAll("video")], button = pair.querySelector("button");
-  button.hidden = films.length < 2;
-  button.onclick = () => films.forEach(film => { film.currentTime = 0; film.play(); });
+  const toggle = () => {
+    const play = films[0].paused;
+    for (const film of films) {
+      if (play) { film.currentTime = 0; film.play(); } else film.pause();
+    }
+    button.textContent = play ? "stop" : "play";
+  };
+  if (!films.length) continue;
+  button.hidden = false;
+  button.onclick = toggle;
+  for (const film of films) { film.controls = false; film.onclick = toggle; }
 }
 """
 
 PAGE_CSS = """
 :root{color-scheme:light dark;--paper:#fffefb;--ink:#1c1d20;--muted:#62656b;--faint:#a9abae;--hair:#e7e5df;
---after:#0a6aa6;--before:#7d858d;--warm:#c8551b;--violet:#8156b3;--green:#2f8f6b;--wash:#f6f4ee;
+--after:#0a6aa6;--before:#7d858d;--warm:#c8551b;--violet:#8156b3;--green:#2a8060;--wash:#f6f4ee;
 --sans:ui-sans-serif,system-ui,-apple-system,"Segoe UI",Roboto,"Liberation Sans",Arial,sans-serif;
 --serif:Charter,"Bitstream Charter","Iowan Old Style",Palatino,Georgia,"DejaVu Serif",serif}
 @media(prefers-color-scheme:dark){:root{--paper:#15171a;--ink:#e6e4df;--muted:#9fa3a8;--faint:#5f646a;
 --hair:#2b2e33;--after:#5ab4ea;--before:#9aa3ac;--warm:#f0894f;--violet:#b592e0;--green:#5cc39c;--wash:#1d2024}}
 *{box-sizing:border-box}
-body{margin:0;background:var(--paper);color:var(--ink);font:15px/1.5 var(--sans);-webkit-text-size-adjust:100%}
+body{margin:0;background:var(--paper);color:var(--ink);font:15px/1.5 var(--sans);
+-webkit-text-size-adjust:100%}
 main{max-width:1000px;margin:0 auto;padding:36px 20px 64px}
 h1{font:600 30px/1.2 var(--serif);margin:0;letter-spacing:-.01em;overflow-wrap:anywhere}
-h2{font:600 19px/1.3 var(--serif);margin:0 0 6px}
-h3{font:600 13px/1.3 var(--sans);margin:0 0 6px}
-section{margin-top:38px;padding-top:14px;border-top:1px solid var(--hair)}
-p{margin:0 0 8px} .lead,.names,.facts,figcaption,.key,.missing{color:var(--muted)} .lead{max-width:70ch}
-.names b{font-weight:500;color:var(--ink)} .names{overflow-wrap:anywhere}
-.verdict{font:400 23px/1.4 var(--serif);margin:20px 0 10px;padding-left:16px;border-left:4px solid var(--faint);
-max-width:46em} .verdict.better{border-color:var(--after)} .verdict.worse{border-color:var(--warm)}
-.verdict data{font-weight:600;font-variant-numeric:tabular-nums;white-space:nowrap}
-.facts{font-size:14px} .unfinished{color:var(--warm)} .problems{color:var(--warm);font-size:14px}
-.missing{font-style:italic}
+h2{font:600 19px/1.3 var(--serif);margin:0 0 6px} h3{font:600 13px/1.3 var(--sans);margin:0 0 6px}
+section{margin-top:34px;padding-top:14px;border-top:1px solid var(--hair)} p{margin:0 0 8px}
+sup{line-height:0;font-size:.75em} .lead{max-width:72ch;font-size:14px}
+.lead,.names,.facts,figcaption,.key,.missing{color:var(--muted)} .missing{font-style:italic}
+.names{overflow-wrap:anywhere} .names b{font-weight:500;color:var(--ink)}
+.verdict{font:400 24px/1.35 var(--serif);margin:20px 0 12px;padding-left:16px;max-width:40em;
+border-left:4px solid var(--faint)} .better{border-color:var(--after)} .worse{border-color:var(--warm)}
+.verdict data{font-weight:600;white-space:nowrap} .verdict small{display:block;font:15px/1.5 var(--sans);
+color:var(--muted);margin-top:6px} .verdict small data{color:var(--ink)}
+.facts,.problems{font-size:14px} .unfinished,.problems{color:var(--warm)}
 figure{margin:0;min-width:0} figcaption{font-size:12.5px;line-height:1.4;margin-top:4px}
-.grid{display:grid;gap:26px 30px} .two{grid-template-columns:repeat(auto-fit,minmax(min(100%,340px),1fr))}
+.grid{display:grid;gap:26px 30px} .grid+details{margin-top:22px}
+.two{grid-template-columns:repeat(auto-fit,minmax(min(100%,340px),1fr))}
 .three{grid-template-columns:repeat(auto-fill,minmax(min(100%,270px),1fr))}
-.pairs-of-films{grid-template-columns:repeat(auto-fill,minmax(min(100%,400px),1fr))}
-.split{display:grid;gap:20px 40px;grid-template-columns:repeat(auto-fit,minmax(min(100%,360px),1fr));align-items:start}
-.prose{font-size:14px;padding-top:8px}
+.four{grid-template-columns:repeat(auto-fill,minmax(min(100%,400px),1fr))}
+.split{display:grid;gap:20px 40px;grid-template-columns:repeat(auto-fit,minmax(min(100%,360px),1fr))}
+.prose{font-size:14px;padding-top:2px}
 .scroll{overflow-x:auto} table{border-collapse:collapse;font-size:13.5px;font-variant-numeric:tabular-nums}
-th,td{text-align:left;padding:4px 18px 4px 0;font-weight:400;border-bottom:1px solid var(--hair);vertical-align:top}
-thead th{color:var(--muted);font-size:12.5px} .numbers th,.numbers td{text-align:right;white-space:nowrap}
-.pairs td b{font-size:17px} .settings th,.time th{color:var(--muted)} .time td{white-space:nowrap} .time{width:100%}
-.time td:last-child{width:55%} .bar{display:block;height:9px;margin-top:6px;background:var(--after);opacity:.75}
+th,td{text-align:left;padding:4px 18px 4px 0;font-weight:400;border-bottom:1px solid var(--hair);
+vertical-align:baseline} th[scope=col]{color:var(--muted);font-size:12.5px}
+.numbers th,.numbers td{text-align:right;white-space:nowrap} .pairs td b{font-size:17px}
+.settings th,.time th{color:var(--muted)} .time{width:100%} .time td{white-space:nowrap}
+.time td:last-child{width:50%;padding:0} .bar{display:block;height:9px;background:var(--after);opacity:.75}
 .key{font-size:12.5px;margin-top:8px} .key span{margin-right:16px;white-space:nowrap}
-.key i{display:inline-block;width:9px;height:9px;margin-right:5px;border-radius:2px;border:1px solid var(--tint)}
-.key .full{background:var(--tint)}
+.key i{display:inline-block;width:9px;height:9px;margin-right:5px;border-radius:2px;
+border:1px solid var(--tint)} .key .full{background:var(--tint)}
 .films{display:flex;gap:8px} .film{flex:1;min-width:0} .film p{font-size:13px;margin:2px 0 0}
-video{display:block;width:100%;background:#000;border-radius:3px}
-.film.none{display:grid;place-items:center;background:var(--wash);color:var(--muted);font-size:13px;min-height:90px}
+video{display:block;width:100%;background:var(--wash);border-radius:3px;cursor:pointer}
+.film.none{display:grid;place-items:center;background:var(--wash);color:var(--muted);font-size:13px}
 .badge{font-weight:600;float:right} .solved{color:var(--green)} .failed{color:var(--warm)}
-button{font:inherit;color:var(--after);background:none;border:0;padding:0;cursor:pointer;text-decoration:underline}
-details{margin-top:14px} summary{cursor:pointer;color:var(--muted)}
+button{font:inherit;color:var(--after);background:none;border:0;padding:0;cursor:pointer;
+text-decoration:underline} ul{padding-left:20px;margin:0}
+details{margin-top:14px} summary{cursor:pointer;color:var(--muted)} details>*+*{margin-top:8px}
 pre{background:var(--wash);padding:12px 14px;overflow-x:auto;font-size:12.5px;line-height:1.45}
 code{font-size:12px;color:var(--muted)}
-@media(max-width:600px){main{padding:22px 16px 48px} h1{font-size:25px} .verdict{font-size:19px} .settings code{display:none}}
+@media(max-width:600px){main{padding:22px 16px 48px} h1{font-size:25px} .verdict{font-size:20px}
+.settings td:last-child{display:none}}
 @media print{details{display:none} section{break-inside:avoid}}
 """

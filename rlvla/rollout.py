@@ -7,10 +7,12 @@ which slot plays an episode, and beside which others, changes nothing.
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from typing import cast
 
 import numpy as np
 import torch
 from tensordict import TensorDict
+from torch.nn import functional as F
 
 from rlvla.acting import Actor
 from rlvla.policies.base import Context, ValueHead
@@ -152,8 +154,10 @@ def collect(
             device=device,
         )
         # Only what was cut off needs a value of its own; any other next value is the next decision's.
-        for i in np.flatnonzero(result.truncated & ~result.terminated):
-            finals.append((int(turn.episode[i]), int(turn.decision[i]), result.observation.row(int(i))))
+        finals += [
+            (int(turn.episode[i]), int(turn.decision[i]), result.observation.row(int(i)))
+            for i in np.flatnonzero(result.truncated & ~result.terminated)
+        ]
         ended += int(result.done.sum())
         on_episodes(ended)
 
@@ -166,7 +170,7 @@ def collect(
 
 def _arrange(pieces: list[TensorDict], rows: np.ndarray, num_episodes: int, max_decisions: int) -> TensorDict:
     """Rounds of decisions, put where their episode and decision index say."""
-    flat = torch.cat(_pad_contexts(pieces))
+    flat = cast(TensorDict, torch.cat(_pad_contexts(pieces)))
     episode, decision = torch.from_numpy(rows).to(flat.device).T
     # The longest episode played, not the longest possible: less to store.
     length = min(max_decisions, int(decision.max()) + 1)
@@ -184,18 +188,11 @@ def _pad_contexts(pieces: list[TensorDict]) -> list[TensorDict]:
     key = "context" if "context" in pieces[0] else "batch"
     lengths = [piece[key, "mask"].shape[1] for piece in pieces]
     longest = max(lengths)
+    along_tokens = {"mask": (0,), "input_ids": (0,), "token_type": (0,), "position_ids": (0,), "tokens": (0, 0, 0)}
     for piece, length in zip(pieces, lengths, strict=True):
-        if length == longest:
-            continue
-        extra = longest - length
-        inner = piece[key]
-        for name, tensor in inner.items():
-            if name in ("mask", "input_ids", "token_type"):
-                inner[name] = torch.nn.functional.pad(tensor, (0, extra))
-            elif name == "position_ids":
-                inner[name] = torch.nn.functional.pad(tensor, (0, extra))
-            elif name == "tokens":
-                inner[name] = torch.nn.functional.pad(tensor, (0, 0, 0, extra))
+        for name in along_tokens:
+            if length < longest and (key, name) in piece.keys(include_nested=True):
+                piece.set((key, name), F.pad(piece.get((key, name)), (*along_tokens[name], longest - length)))
     return pieces
 
 

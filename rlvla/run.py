@@ -46,7 +46,9 @@ class Run:
             (folder / "config.yaml").write_text(to_yaml(config))
             (folder / "versions.json").write_text(json.dumps(versions(), indent=2) + "\n")
         except OSError as error:
-            raise RuntimeError(f"cannot write to {folder}: {error}. Free some space or choose another output=.") from error
+            raise RuntimeError(
+                f"cannot write to {folder}: {error}. Free some space or choose another output=."
+            ) from error
         suite = getattr(config, "suite", None)
         return cls(folder, f"{verb} {suite.task if suite else ''}".strip(), total)
 
@@ -137,9 +139,19 @@ def versions() -> dict[str, str]:
     from importlib.metadata import PackageNotFoundError, version
 
     found = {"python": sys.version.split()[0], "platform": platform.platform(), "cpu": _cpu_name()}
-    for package in (
-        "rlvla torch transformers ray mani-skill sapien tensordict torchrl numpy gymnasium hydra-core"
-    ).split():
+    for package in [
+        "rlvla",
+        "torch",
+        "transformers",
+        "ray",
+        "mani-skill",
+        "sapien",
+        "tensordict",
+        "torchrl",
+        "numpy",
+        "gymnasium",
+        "hydra-core",
+    ]:
         with contextlib.suppress(PackageNotFoundError):
             found[package.replace("-", "_")] = version(package)
     found["git_commit"] = _git_commit()
@@ -158,7 +170,12 @@ def _git_commit() -> str:
     here = Path(__file__).resolve().parent
     try:
         done = subprocess.run(
-            ["git", "describe", "--always", "--dirty"], cwd=here, capture_output=True, text=True, timeout=5, check=True
+            ["git", "describe", "--always", "--dirty"],
+            cwd=here,
+            capture_output=True,
+            text=True,
+            timeout=5,
+            check=True,
         )
     except (OSError, subprocess.SubprocessError):
         return "unknown"

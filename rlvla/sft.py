@@ -10,7 +10,8 @@ import torch
 from torch import nn
 
 from rlvla.config import FlowTime, SFTConfig
-from rlvla.dataset import Demonstrations, action_chunks, load_dataset
+from rlvla.dataset import Demonstrations, action_chunks
+from rlvla.dataset_reader import load_dataset
 from rlvla.policies.action_stats import ActionStats
 from rlvla.policies.folder import save_policy
 from rlvla.policies.processor import load_tokenizer, train_tokenizer
@@ -144,9 +145,7 @@ def _foreign_spec(demonstrations: Demonstrations, suite: EnvSpec) -> EnvSpec:
     size = demonstrations.action.shape[1]
     action = suite.action
     if size != suite.action_size:
-        action = (
-            ActionComponent(name="action", size=size, convention="unknown", low=-np.inf, high=np.inf),
-        )
+        action = (ActionComponent(name="action", size=size, convention="unknown", low=-np.inf, high=np.inf),)
     cameras = tuple(
         Camera(name=name, height=image.shape[1], width=image.shape[2])
         for name, image in sorted(demonstrations.images.items())
@@ -199,9 +198,7 @@ def learning_rate_factor(step: int, num_steps: int, warmup: int) -> float:
 
 
 @torch.no_grad()
-def update_average(
-    average: dict[str, torch.Tensor] | None, policy: nn.Module, decay: float
-) -> dict[str, torch.Tensor]:
+def update_average(average: dict[str, torch.Tensor] | None, policy: nn.Module, decay: float) -> dict[str, torch.Tensor]:
     state = policy.state_dict()
     if average is None:
         return {name: tensor.clone() for name, tensor in state.items()}

@@ -49,7 +49,7 @@ class Series:
 
 @dataclass(frozen=True, kw_only=True)
 class Reference:
-    """A horizontal line with a name: a target, a limit, a starting value."""
+    """A horizontal line, named in the legend: a target, a limit, a starting value."""
 
     y: float
     label: str
@@ -112,22 +112,25 @@ class _Axis:
         slack = 0.0 if self.log else 1e-9 * (self.high - self.low)
         return self.low - slack <= value <= self.high + slack
 
-    def ticks(self, wanted: int) -> list[float]:
+    def ticks(self, wanted: int, *, whole: bool = False) -> list[float]:
+        """Round values in range, about as many as wanted; only integers when what they count is whole."""
         if self.log:
             first, last = math.floor(math.log10(self.low)), math.ceil(math.log10(self.high))
             stride = max(1, math.ceil((last - first) / wanted))
             digits = (1, 2, 5) if last - first <= 1 else (1,)
             candidates = [d * 10.0**e for e in range(first, last + 1, stride) for d in digits]
         else:
-            step = _nice_step(self.high - self.low, wanted)
+            step = _nice_step(self.high - self.low, wanted, whole=whole)
             first, last = math.ceil(self.low / step - 1e-9), math.floor(self.high / step + 1e-9)
             candidates = [i * step for i in range(first, last + 1)]
         return [tick for tick in candidates if self.holds(tick)]
 
 
-def _nice_step(span: float, wanted: int) -> float:
+def _nice_step(span: float, wanted: int, *, whole: bool = False) -> float:
     size: float = 10.0 ** math.floor(math.log10(span / wanted))
-    return next(size * factor for factor in (1, 2, 5, 10) if size * factor * wanted >= span * 0.999)
+    factors = (1.0, 2.0, 5.0, 10.0) if whole else (1.0, 2.0, 2.5, 5.0, 10.0)
+    step = next(size * factor for factor in factors if size * factor * wanted >= span * 0.999)
+    return max(1.0, step) if whole else step
 
 
 def _range(values: list[float], fixed: Interval | None, log: bool) -> Interval:
@@ -174,22 +177,22 @@ def _points(points: Iterable[tuple[float, float]]) -> str:
 
 def _text_width(text: str) -> float:
     """Pixels at 11 px, roughly; only spacing depends on it."""
-    return 6.0 * len(text)
+    return 6.5 * len(text)
 
 
-def _legend(series: Sequence[Series], width: float) -> tuple[list[str], float]:
-    """Names with a sample of their mark, wrapped to the width. Returns the marks and the height."""
+def _legend(series: Sequence[Series], references: Sequence[Reference], width: float) -> tuple[list[str], float]:
+    """Names beside a sample of their mark, wrapped to the width. Returns the marks and the height."""
+    lines = [(s.name, "point" if s.mark == "point" else "line", s.tint) for s in series if len(series) > 1]
     marks, x, y = [], 0.0, 9.0
-    for s in series:
-        room = 20 + _text_width(s.name) + 10
+    for name, kind, tint in [*lines, *((r.label, "reference", 0) for r in references)]:
+        room = 28 + _text_width(name)
         if x > 0 and x + room > width:
             x, y = 0.0, y + 16
-        sample = _line(x, y - 4, x + 14, y - 4, "line")
-        if s.mark == "point":
-            sample = _dot(x + 7, y - 4, 3.5, s.name)
-        marks.append(_tinted(s.tint, [sample]) + _text(x + 19, y, s.name))
+        line = _line(x, y - 4, x + 14, y - 4, kind)
+        marks.append(_tinted(tint, [_dot(x + 7, y - 4, 3.5, name) if kind == "point" else line]))
+        marks.append(_text(x + 19, y, name))
         x += room
-    return marks, y + 10
+    return marks, y + 10 if marks else 8.0
 
 
 def line_chart(
@@ -206,16 +209,16 @@ def line_chart(
     width: int = 420,
     height: int = 220,
 ) -> str:
-    """Several variables against one x; a legend appears from two series on. Sizes in px at scale 1."""
+    """Variables against x, from x = 0 on. Width and height in px at scale 1."""
     seen = [y for s in series for y in s.y if y is not None and math.isfinite(y)]
     seen += [bound for s in series for interval in s.interval if interval for bound in interval]
     limits = _range(seen + [reference.y for reference in references], y_range, log_y)
-    legend, top = _legend(series, width) if len(series) > 1 else ([], 8.0)
+    legend, top = _legend(series, references, width)
     bottom = height - 34.0
     y_axis = _Axis(*limits, bottom, top, log_y)
     y_ticks = y_axis.ticks(4)
     left = max(_text_width(y_format(tick)) for tick in y_ticks) + 8
-    positions = [x for s in series for x in s.x] or [0.0]
+    positions = [0.0, *(x for s in series for x in s.x)]
     first, last = min(positions), max(positions)
     x_axis = _Axis(first, last if last > first else first + 1, left + 4, width - 10.0)
 
@@ -224,15 +227,13 @@ def line_chart(
         for tick in y_ticks:
             yield _line(left, y_axis(tick), width, y_axis(tick), "grid")
             yield _text(left - 6, y_axis(tick) + 4, y_format(tick), "end")
-        for tick in x_axis.ticks(5):
+        for tick in x_axis.ticks(5, whole=all(x == int(x) for x in positions)):
             yield _line(x_axis(tick), bottom, x_axis(tick), bottom + 4, "axis")
             yield _text(x_axis(tick), bottom + 16, x_format(tick), "middle")
         yield _line(left, bottom, width, bottom, "axis")
         yield _text(width, height - 3, x_label, "end label")
         for reference in references:
-            y = y_axis(reference.y)
-            yield _line(left, y, width, y, "reference")
-            yield _text(width, y - 4 if y > top + 12 else y + 12, reference.label, "end label")
+            yield _line(left, y_axis(reference.y), width, y_axis(reference.y), "reference")
         for s in series:
             yield _tinted(s.tint, _series(s, x_axis, y_axis, lambda x: f"{x_format(x)} {x_label}", y_format))
 
@@ -273,27 +274,28 @@ def _stretch(points: list[_Point], x_axis: _Axis, y_axis: _Axis) -> Iterator[str
     yield f'<polyline class="line" points="{_points((x_axis(p.x), y_axis(p.y)) for p in points)}"/>'
 
 
-def interval_chart(*, title: str, description: str, rows: Sequence[IntervalRow], width: int = 420) -> str:
+def interval_chart(*, title: str, description: str, rows: Sequence[IntervalRow], width: int = 380) -> str:
     """Proportions in [0, 1] with their intervals, one below the other on a common scale."""
     height = 38 * len(rows) + 30
     axis = _Axis(0.0, 1.0, 8.0, width - 8.0)
 
     def body() -> Iterator[str]:
-        for tick in (0.0, 0.25, 0.5, 0.75, 1.0):
-            yield _line(axis(tick), 20, axis(tick), height - 20, "grid")
-            yield _text(axis(tick), height - 5, percent(tick), "middle")
+        ticks = (0.0, 0.25, 0.5, 0.75, 1.0)
+        yield from (_text(axis(tick), height - 5, percent(tick), "middle") for tick in ticks)
         for i, row in enumerate(rows):
             y = 38 * i + 29
             spread = f" ({percent(row.interval[0])} to {percent(row.interval[1])})" if row.interval else ""
             yield _text(axis(0), y - 15, row.label, "strong")
             yield _text(axis(1), y - 15, f"{percent(row.value)}{spread} {row.detail}".strip(), "end")
             tip = f"{row.label}: {percent(row.value)}{spread} {row.detail}".strip()
-            mark = [_line(axis(0), y, axis(1), y, "grid"), _dot(axis(row.value), y, 4.5, tip)]
+            yield from (_line(axis(tick), y - 6, axis(tick), y + 6, "grid") for tick in ticks)
+            yield _line(axis(0), y, axis(1), y, "grid")
+            mark = [_dot(axis(row.value), y, 4.5, tip)]
             if row.interval:
                 low, high = (axis(bound) for bound in row.interval)
                 shape = f'x="{low:g}" y="{y - 5}" width="{high - low:g}" height="10" rx="2"'
                 band = f'<rect class="band" {shape}/>'
-                mark[1:1] = [band, _line(low, y, high, y, "whisker")]
+                mark[:0] = [band, _line(low, y, high, y, "whisker")]
             yield _tinted(row.tint, mark)
 
     return _svg(width, height, title, description, body())

@@ -34,9 +34,7 @@ def run(config: TrainConfig) -> dict[str, Any]:
     policy = load_policy(Path(config.policy), device)
     value_head = ValueHead(policy.value_size, config.algo.value_hidden_sizes).to(device)
     schedule = flow_sde_schedule(policy.num_denoising_steps, config.algo.noise_level).to(device)
-    learner = Learner(
-        policy, value_head, config.algo, schedule, seed=config.seed, total_iterations=config.iterations
-    )
+    learner = Learner(policy, value_head, config.algo, schedule, seed=config.seed, total_iterations=config.iterations)
     actor = Actor(policy, block=config.inference_batch, device=device)
 
     with Run.open(config, "train", total=config.iterations) as record:
@@ -49,8 +47,7 @@ def run(config: TrainConfig) -> dict[str, Any]:
             for iteration in range(config.iterations):
                 started = record.minutes()
                 states = [
-                    training_state(config.seed, iteration, episode)
-                    for episode in range(config.episodes_per_iteration)
+                    training_state(config.seed, iteration, episode) for episode in range(config.episodes_per_iteration)
                 ]
                 rollout = collect(
                     actor,
@@ -68,7 +65,7 @@ def run(config: TrainConfig) -> dict[str, Any]:
                 updated = learner.update(rollout, iteration)
 
                 env_steps += int(rollout["next", "executed_steps"].sum())
-                row = {
+                row: dict[str, Any] = {
                     "kind": "iteration",
                     "iteration": iteration,
                     "env_steps": env_steps,
@@ -84,7 +81,11 @@ def run(config: TrainConfig) -> dict[str, Any]:
                 sound_alarms(record, row, config.algo)
                 if config.eval.every and (iteration + 1) % config.eval.every == 0:
                     between, _ = evaluate(
-                        actor, envs, config.eval, name=f"iteration-{iteration + 1:04d}", trials=-(-config.eval.trials // 4)
+                        actor,
+                        envs,
+                        config.eval,
+                        name=f"iteration-{iteration + 1:04d}",
+                        trials=-(-config.eval.trials // 4),
                     )
                     record.evaluation(between, env_steps)
                 if (iteration + 1) % config.save_every == 0:
@@ -128,9 +129,7 @@ def add_advantages(rollout: TensorDict, algo: AlgoConfig) -> None:
         gae_lambda=algo.gae_lambda,
     )
     rollout["value_target"] = value_target
-    rollout["advantage"] = (
-        normalize_advantage(advantage, rollout["valid"]) if algo.normalize_advantage else advantage
-    )
+    rollout["advantage"] = normalize_advantage(advantage, rollout["valid"]) if algo.normalize_advantage else advantage
 
 
 def describe(rollout: TensorDict) -> dict[str, float]:
@@ -144,7 +143,6 @@ def describe(rollout: TensorDict) -> dict[str, float]:
         "rollout/env_steps": int(steps.sum()),
         "rollout/mean_executed_steps": float(steps[rollout["valid"]].float().mean()),
     }
-
 
 
 def sound_alarms(record: Run, row: dict[str, Any], algo: AlgoConfig) -> None:

@@ -4,6 +4,7 @@ Both kinds answer `advance`: restart some slots, run a chunk in others, one roun
 of contiguous numpy arrays cross the border, so a simulator may live in a foreign interpreter.
 """
 
+import logging
 import os
 from collections.abc import Sequence
 from contextlib import suppress
@@ -15,7 +16,16 @@ import numpy as np
 from jaxtyping import Float32, Int64
 
 from rlvla.config import WorkerKind, WorkersConfig
-from rlvla_envs.base import ChunkResult, Demonstration, Demonstrator, EnvSpec, Filmable, Observation, SuiteConfig, VecEnv
+from rlvla_envs.base import (
+    ChunkResult,
+    Demonstration,
+    Demonstrator,
+    EnvSpec,
+    Filmable,
+    Observation,
+    SuiteConfig,
+    VecEnv,
+)
 from rlvla_envs.suites import check_suite, make_env
 
 Arrays = dict[str, np.ndarray]
@@ -299,6 +309,8 @@ def _start_ray(num_actors: int) -> Any:
     """An embedded Ray for this run alone, authenticated with our own token."""
     # Read when Ray starts: no idle workers, and a token that only we can read.
     os.environ.setdefault("RAY_prestart_worker_first_driver", "0")
+    # Ray starts workers at low priority, and any other load on the machine would starve the simulators.
+    os.environ.setdefault("RAY_worker_niceness", "0")
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
     os.environ.setdefault("RAY_AUTH_MODE", "token")
     os.environ.setdefault("RAY_AUTH_TOKEN_PATH", str(_token_file()))
@@ -309,7 +321,7 @@ def _start_ray(num_actors: int) -> Any:
             num_cpus=max(num_actors, os.cpu_count() or 1),
             include_dashboard=False,
             log_to_driver=False,
-            logging_level="ERROR",
+            logging_level=logging.ERROR,
             object_store_memory=512 * 1024**2,
         )
     return cast(Any, ray)

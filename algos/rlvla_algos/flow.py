@@ -113,9 +113,7 @@ def flow_sde_schedule(num_steps: int, noise_level: float) -> Schedule:
     return Schedule(tau, tau_next, w0=1 - tau_next, w1=w1, std=(sigma_squared * dt).sqrt())
 
 
-def transition(
-    sample: Chunk, velocity: Chunk, step: Int[Tensor, " B"], schedule: Schedule
-) -> GaussianStep:
+def transition(sample: Chunk, velocity: Chunk, step: Int[Tensor, " B"], schedule: Schedule) -> GaussianStep:
     """The Gaussian of each row's denoising step, given the velocity at its sample."""
     at = schedule.at(step)
     tau, w0, w1, std = (column[:, None, None] for column in (at.tau, at.w0, at.w1, at.std))
@@ -189,4 +187,3 @@ def gaussian_kl(
     Exact and symmetric; padded and unexecuted entries do not count.
     """
     return (((mean - old_mean) / std).square() * mask).sum(dim=(1, 2)) / 2
-

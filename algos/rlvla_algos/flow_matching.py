@@ -40,5 +40,3 @@ def flow_matching_loss(
     if weight is None:
         return per_row.mean()
     return (per_row * weight).sum() / weight.sum()
-
-

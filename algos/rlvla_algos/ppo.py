@@ -102,9 +102,7 @@ def ppo_loss(
     )
 
 
-def normalize_advantage(
-    advantage: Float[Tensor, "..."], valid: Bool[Tensor, "..."]
-) -> Float[Tensor, "..."]:
+def normalize_advantage(advantage: Float[Tensor, "..."], valid: Bool[Tensor, "..."]) -> Float[Tensor, "..."]:
     """Zero mean and unit variance over the valid decisions of the whole batch; 0 elsewhere."""
     chosen = advantage[valid]
     scale = chosen.std(correction=0) + 1e-8

@@ -30,15 +30,19 @@ def mcnemar_exact(before: Sequence[bool], after: Sequence[bool]) -> float:
         ValueError: the two have different lengths, so they are not pairs.
     """
     if len(before) != len(after):
-        raise ValueError(f"{len(before)} outcomes before and {len(after)} after are not pairs; evaluate both on the same states.")
+        raise ValueError(
+            f"{len(before)} outcomes before and {len(after)} after are not pairs; evaluate both on the same states."
+        )
     gained = sum(bool(a) and not b for b, a in zip(before, after, strict=True))
     lost = sum(bool(b) and not a for b, a in zip(before, after, strict=True))
     changed, fewer = gained + lost, min(gained, lost)
-    tail = sum(math.comb(changed, k) for k in range(fewer + 1)) / 2**changed
+    tail = float(sum(math.comb(changed, k) for k in range(fewer + 1)) / 2**changed)
     return min(1.0, 2 * tail)
 
 
-def paired_difference_interval(before: Sequence[bool], after: Sequence[bool], z: float = 1.959963984540054) -> tuple[float, float]:
+def paired_difference_interval(
+    before: Sequence[bool], after: Sequence[bool], z: float = 1.959963984540054
+) -> tuple[float, float]:
     """Interval of the change in success rate on common initial states (Newcombe 1998, method 10).
 
     Built from the two Wilson intervals with the correlation of the pairs; stays inside [-1, 1].
@@ -54,7 +58,7 @@ def paired_difference_interval(before: Sequence[bool], after: Sequence[bool], z:
     margins = (a + b) * (c + d) * (a + c) * (b + d)
     correlation = 0.0
     if margins:
-        numerator = a * d - b * c
+        numerator = float(a * d - b * c)
         if numerator > 0:
             numerator = max(numerator - n / 2, 0)
         correlation = numerator / math.sqrt(margins)

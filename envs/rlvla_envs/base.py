@@ -140,7 +140,8 @@ class ChunkResult:
 
     @property
     def done(self) -> Bool[np.ndarray, " B"]:
-        return self.terminated | self.truncated
+        done: np.ndarray = self.terminated | self.truncated
+        return done
 
     @staticmethod
     def concatenate(parts: Sequence["ChunkResult"]) -> "ChunkResult":
@@ -229,8 +230,12 @@ def compare_specs(policy: EnvSpec, world: EnvSpec) -> list[Mismatch]:
                 check(f"action {a.name}: convention", a.convention, b.convention)
                 check(f"action {a.name}: range", (a.low, a.high), (b.low, b.high))
     check("cameras", [c.name for c in policy.cameras], [c.name for c in world.cameras])
-    for a, b in zip(policy.cameras, world.cameras, strict=False):
-        check(f"camera {a.name}: height x width", (a.height, a.width), (b.height, b.width))
+    for ours, theirs in zip(policy.cameras, world.cameras, strict=False):
+        check(
+            f"camera {ours.name}: height x width",
+            (ours.height, ours.width),
+            (theirs.height, theirs.width),
+        )
     check("state channels", list(policy.state_names), list(world.state_names))
     check("control frequency (Hz)", policy.control_hz, world.control_hz)
     check("chunk size H", policy.chunk_size, world.chunk_size)

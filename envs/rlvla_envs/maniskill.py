@@ -39,9 +39,7 @@ INSTRUCTIONS = {
 # The range is that of the normalised action; the conventions are those of ManiSkill's PDEEPoseController.
 # The sign of the rotation is its own: it multiplies by rot_lower, which is negative.
 PANDA_ACTION = (
-    ActionComponent(
-        name="translation", size=3, convention="delta, robot base frame, 1 is 0.1 m", low=-1.0, high=1.0
-    ),
+    ActionComponent(name="translation", size=3, convention="delta, robot base frame, 1 is 0.1 m", low=-1.0, high=1.0),
     ActionComponent(
         name="rotation",
         size=3,
@@ -155,10 +153,10 @@ class ManiSkillEnv:
             info = env.evaluate()
             success = bool(info["success"])
             terminated = success or bool(info.get("fail", False))
-            if self._render_every_step:
-                env._get_obs_sensor_data()
             if terminated or self._elapsed[slot] >= self._max_steps:
                 break
+            if self._render_every_step and executed < len(chunk):
+                env._get_obs_sensor_data()
         truncated = not terminated and bool(self._elapsed[slot] >= self._max_steps)
         self._over[slot] = terminated or truncated
         return ChunkResult(

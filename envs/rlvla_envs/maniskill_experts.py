@@ -5,6 +5,7 @@ has, and vary from episode to episode (noise, speed, approach), because demonstr
 teach a policy nothing about recovering.
 """
 
+from collections.abc import Callable
 from typing import Any, Protocol
 
 import numpy as np
@@ -26,13 +27,14 @@ def make_expert(task: str, env: Any, rng: np.random.Generator) -> Expert:
         ValueError: nobody wrote one for this task.
     """
     if task not in EXPERTS:
-        raise ValueError(f"{task} has no scripted expert. Experts: {', '.join(EXPERTS)}. Bring your own demonstrations.")
-    expert: Expert = EXPERTS[task](env, rng)
-    return expert
+        raise ValueError(
+            f"{task} has no scripted expert. Experts: {', '.join(EXPERTS)}. Bring your own demonstrations."
+        )
+    return EXPERTS[task](env, rng)
 
 
 class _Expert:
-    """Phases of TCP targets, Ornstein-Uhlenbeck-free white noise on the translation."""
+    """Phases of TCP targets, a speed per episode, white noise on the translation."""
 
     noise = 0.2
 
@@ -76,7 +78,7 @@ class PickCube(_Expert):
         goal = self.env.goal_site.pose.p[0].cpu().numpy()
         tcp = self.tcp()
         if self.phase == 0:
-            above = cube + [0, 0, 0.08]
+            above = cube + np.array([0, 0, 0.08])
             if np.linalg.norm(tcp - above) < 0.02:
                 self.phase = 1
             return self.towards(above, OPEN)
@@ -95,4 +97,7 @@ class PickCube(_Expert):
         return self.towards(tcp + offset, CLOSED, noise=0.0 if near else self.noise)
 
 
-EXPERTS = {"PushCube-v1": PushCube, "PickCube-v1": PickCube}
+EXPERTS: dict[str, Callable[[Any, np.random.Generator], Expert]] = {
+    "PushCube-v1": PushCube,
+    "PickCube-v1": PickCube,
+}

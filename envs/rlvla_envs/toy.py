@@ -92,15 +92,14 @@ class ToyEnv:
             executed += live
             truncated |= live & ~terminated & (self._elapsed[rows] >= self._max_steps)
         self._over[rows] = terminated | truncated
-        return ChunkResult(
-            self._observe(rows), success.astype(np.float32), terminated, truncated, success, executed
-        )
+        return ChunkResult(self._observe(rows), success.astype(np.float32), terminated, truncated, success, executed)
 
     def close(self) -> None:
         pass
 
     def film(self, slot: int) -> np.ndarray:
-        return _draw(self._position[[slot]], self._goal[[slot]], self._gap[[slot]], 128)[0]
+        frame: np.ndarray = _draw(self._position[[slot]], self._goal[[slot]], self._gap[[slot]], 128)[0]
+        return frame
 
     def demonstrate(self, initial_state: int, seed: int) -> Demonstration:
         """Line up with the gap, go through, go to the goal, with noise of 0.3 on every action."""

@@ -40,7 +40,8 @@ class ActionStats:
 
     @property
     def active(self) -> Bool[np.ndarray, " C"]:
-        return self.q99 - self.q01 > CONSTANT
+        active: np.ndarray = self.q99 - self.q01 > CONSTANT
+        return active
 
     def normalize(self, action: Float[np.ndarray, "*B C"]) -> Float[np.ndarray, "*B C"]:
         """To [-1, 1], clipped as in the paper; inactive channels become 0."""
@@ -51,11 +52,14 @@ class ActionStats:
     def denormalize(self, unit: Float[np.ndarray, "*B C"]) -> Float[np.ndarray, "*B C"]:
         """Inverse of `normalize` inside the quantiles; not clipped, the simulator does that."""
         span = np.where(self.active, self.q99 - self.q01, 0.0)
-        return (self.q01 + (unit + 1) / 2 * span).astype(np.float32)
+        action: np.ndarray = (self.q01 + (unit + 1) / 2 * span).astype(np.float32)
+        return action
 
     def normalize_state(self, state: Float[np.ndarray, "*B P"]) -> Float[np.ndarray, "*B P"]:
         """Standardised and clipped to +-4: an outlier pose must not own the expert's input."""
-        return np.clip((state - self.state_mean) / self.state_std, -4.0, 4.0).astype(np.float32)
+        unit: np.ndarray = (state - self.state_mean) / self.state_std
+        clipped: np.ndarray = np.clip(unit, -4.0, 4.0).astype(np.float32)
+        return clipped
 
     def save(self, path: Path) -> None:
         data = {

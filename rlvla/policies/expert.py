@@ -95,7 +95,8 @@ class Block(nn.Module):
         x = x + gate_a * self.out(attended.transpose(1, 2).reshape(batch, length, d))
         h = F.layer_norm(x, (d,)) * (1 + scale_f) + shift_f
         value, gate = self.ffn_in(h).chunk(2, dim=-1)
-        return x + gate_f * self.ffn_out(F.silu(gate) * value)
+        y: Tensor = x + gate_f * self.ffn_out(F.silu(gate) * value)
+        return y
 
 
 class Expert(nn.Module):
@@ -111,12 +112,13 @@ class Expert(nn.Module):
         if config.context_positions:
             self.positions = nn.Parameter(torch.randn(config.context_positions, d) * 0.5)
         self.action_in = nn.Sequential(nn.Linear(config.channels, d), nn.SiLU(), nn.Linear(d, d))
-        self.action_out = nn.Sequential(nn.Linear(d, d), nn.SiLU(), nn.Linear(d, config.channels))
+        last = nn.Linear(d, config.channels)
+        nn.init.zeros_(last.weight)
+        nn.init.zeros_(last.bias)
+        self.action_out = nn.Sequential(nn.Linear(d, d), nn.SiLU(), last)
         self.time_in = nn.Sequential(nn.Linear(FLOW_TIME_FEATURES, d), nn.SiLU(), nn.Linear(d, d))
         self.blocks = nn.ModuleList(Block(config) for _ in range(config.num_blocks))
         self.final_modulation = nn.Linear(d, 2 * d)
-        nn.init.zeros_(self.action_out[-1].weight)
-        nn.init.zeros_(self.action_out[-1].bias)
         self.rope_theta = rope_theta
 
     def forward(
@@ -151,7 +153,8 @@ class Expert(nn.Module):
             x = block(x, time, rotary, key_mask)
         shift, scale = self.final_modulation(time)[:, None].chunk(2, dim=-1)
         actions = F.layer_norm(x[:, -horizon:], (x.shape[-1],)) * (1 + scale) + shift
-        return self.action_out(actions) * action_mask
+        velocity: Tensor = self.action_out(actions) * action_mask
+        return velocity
 
     def _rotary(
         self, mask: Bool[Tensor, "B S"], position_ids: Int[Tensor, "B 3 S"], num_new: int

@@ -79,7 +79,8 @@ def load_policy(folder: Path, device: str = "cpu") -> QwenVLA:
     if missing:
         raise ValueError(
             f"{folder} is not a complete policy folder: {', '.join(missing)} "
-            f"{'is' if len(missing) == 1 else 'are'} missing. Write it again with `rlvla sft`, or copy the whole folder."
+            f"{'is' if len(missing) == 1 else 'are'} missing. "
+            "Copy the whole folder, or write it again with `rlvla sft`."
         )
     config, spec = _read_config(folder / "config.yaml")
     try:
@@ -102,7 +103,9 @@ def _read_config(path: Path) -> tuple[Any, EnvSpec]:
         spec = EnvSpec.from_dict(data["env_spec"])
         policy = data["policy"]
     except Exception as error:
-        raise ValueError(f"{path} is damaged: {type(error).__name__}: {error}. Copy or write the folder again.") from error
+        raise ValueError(
+            f"{path} is damaged: {type(error).__name__}: {error}. Copy or write the folder again."
+        ) from error
     return policy_config_from_dict(policy), spec
 
 
@@ -125,7 +128,11 @@ def _load_weights(policy: nn.Module, path: Path) -> None:
     if homeless or absent or wrong:
         problems = [
             f"{label}: {', '.join(names[:5])}{f' and {len(names) - 5} more' if len(names) > 5 else ''}"
-            for label, names in (("without a home", homeless), ("missing", absent), ("of another shape", wrong))
+            for label, names in (
+                ("without a home", homeless),
+                ("missing", absent),
+                ("of another shape", wrong),
+            )
             if names
         ]
         raise ValueError(

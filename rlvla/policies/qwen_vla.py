@@ -85,11 +85,21 @@ def vlm_config(config: VLMConfig, token_ids: dict[str, int]) -> Any:
 
     text = {
         name: getattr(config, name)
-        for name in (
-            "vocab_size hidden_size intermediate_size num_hidden_layers num_attention_heads num_key_value_heads "
-            "head_dim linear_key_head_dim linear_value_head_dim linear_num_key_heads linear_num_value_heads "
-            "full_attention_interval max_position_embeddings"
-        ).split()
+        for name in [
+            "vocab_size",
+            "hidden_size",
+            "intermediate_size",
+            "num_hidden_layers",
+            "num_attention_heads",
+            "num_key_value_heads",
+            "head_dim",
+            "linear_key_head_dim",
+            "linear_value_head_dim",
+            "linear_num_key_heads",
+            "linear_num_value_heads",
+            "full_attention_interval",
+            "max_position_embeddings",
+        ]
     }
     text["rope_parameters"] = {
         "rope_type": "default",
@@ -124,9 +134,7 @@ def vlm_config(config: VLMConfig, token_ids: dict[str, int]) -> Any:
 class QwenVLA(nn.Module):
     """The policy. See `rlvla.policies.base.FlowPolicy` for what each method promises."""
 
-    def __init__(
-        self, config: QwenVLAConfig, env_spec: EnvSpec, stats: ActionStats, tokenizer: Any
-    ) -> None:
+    def __init__(self, config: QwenVLAConfig, env_spec: EnvSpec, stats: ActionStats, tokenizer: Any) -> None:
         from transformers import Qwen3_5Model
 
         super().__init__()
@@ -137,9 +145,7 @@ class QwenVLA(nn.Module):
         self.vlm: Any = Qwen3_5Model(vlm_config(config.vlm, _token_ids(tokenizer)))
         state_size = env_spec.state_size if config.use_state else 0
         self.expert = Expert(config.expert, config.vlm.hidden_size, state_size, config.vlm.rope_theta)
-        self.value_size = config.vlm.hidden_size + (
-            env_spec.state_size if config.value_uses_state else 0
-        )
+        self.value_size = config.vlm.hidden_size + (env_spec.state_size if config.value_uses_state else 0)
         mask = np.zeros((self.horizon, self.channels), dtype=np.bool_)
         mask[: env_spec.chunk_size, : env_spec.action_size] = stats.active
         self._action_mask: Tensor

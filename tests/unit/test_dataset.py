@@ -18,8 +18,10 @@ import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
-import rlvla.dataset
-from rlvla.dataset import DatasetWriter, Demonstrations, Episode, action_chunks, load_dataset
+import rlvla.dataset_writer
+from rlvla.dataset import Demonstrations, Episode, action_chunks
+from rlvla.dataset_reader import load_dataset
+from rlvla.dataset_writer import DatasetWriter
 
 ACTION_NAMES = ["x", "y", "gripper"]
 STATE_NAMES = ["q0", "q1"]
@@ -156,8 +158,8 @@ def test_cameras_may_come_in_any_order(tmp_path: Path) -> None:
 def test_episodes_roll_over_to_new_files_and_chunks_and_never_straddle_two(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(rlvla.dataset, "FILES_PER_CHUNK", 2)
-    monkeypatch.setattr(rlvla.dataset, "MIB", 1500)  # two frames of about 500 bytes fit
+    monkeypatch.setattr(rlvla.dataset_writer, "FILES_PER_CHUNK", 2)
+    monkeypatch.setattr(rlvla.dataset_writer, "MIB", 1500)  # two frames of about 500 bytes fit
     episodes = [make_episode(length, seed) for seed, length in enumerate((1, 1, 5, 2, 2, 1, 1))]
     root = write(tmp_path / "demos", episodes, data_file_size_mb=1)
 
@@ -295,7 +297,7 @@ def test_an_exception_leaves_nothing_behind(tmp_path: Path) -> None:
 def test_a_killed_process_leaves_nothing_under_the_final_name(tmp_path: Path) -> None:
     script = f"""
 import os, signal, sys
-sys.path[:0] = {[str(Path(rlvla.dataset.__file__).parents[1]), str(Path(__file__).parent)]!r}
+sys.path[:0] = {[str(Path(rlvla.dataset_writer.__file__).parents[1]), str(Path(__file__).parent)]!r}
 from pathlib import Path
 from test_dataset import make_episode, make_writer
 with make_writer(Path({str(tmp_path)!r}) / "demos") as writer:
@@ -317,7 +319,7 @@ def fail_with_full_disk(*args: Any, **kwargs: Any) -> None:
 def test_a_full_disk_is_explained_and_leaves_nothing_behind(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, function: str
 ) -> None:
-    monkeypatch.setattr(f"rlvla.dataset.{function}", fail_with_full_disk)
+    monkeypatch.setattr(f"rlvla.dataset_writer.{function}", fail_with_full_disk)
     with pytest.raises(OSError, match=r"no space left on the disk of .*demos.*another disk") as caught:
         write(tmp_path / "demos", [make_episode(2)])
     assert caught.value.errno == errno.ENOSPC
@@ -329,7 +331,7 @@ def test_a_writer_is_of_no_use_after_a_disk_error(tmp_path: Path, monkeypatch: p
     def collect() -> None:
         with make_writer(tmp_path / "demos") as writer:
             with monkeypatch.context() as patch:
-                patch.setattr("rlvla.dataset.pq.ParquetWriter.write_table", fail_with_full_disk)
+                patch.setattr("rlvla.dataset_writer.pq.ParquetWriter.write_table", fail_with_full_disk)
                 with pytest.raises(OSError, match="no space left"):
                     writer.add(make_episode(2))
             writer.add(make_episode(2))

@@ -1,0 +1,85 @@
+"""The main job on the embedded default: demonstrations -> SFT checkpoint -> PPO -> report. `make train` runs it.
+
+    .venv/bin/python scripts/make_train.py [--output runs/push_cube] [--seed 0]
+
+Three verbs with the settings of configs/recipe/push_cube.yaml. Stages that are finished are kept, so a run
+that was stopped goes on with the stage it was in. The last line on stdout is one JSON object.
+"""
+
+import argparse
+import json
+import shutil
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import yaml
+
+ROOT = Path(__file__).resolve().parent.parent
+RECIPE = ROOT / "configs" / "recipe" / "push_cube.yaml"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--output", type=Path, default=ROOT / "runs" / "push_cube")
+    parser.add_argument("--seed", type=int, default=0, help="of the PPO stage; the SFT checkpoint stays the same")
+    arguments = parser.parse_args()
+    recipe = yaml.safe_load(RECIPE.read_text())
+    output: Path = arguments.output
+    dataset, sft, ppo = output / "demonstrations", output / "sft", output / f"ppo-seed{arguments.seed}"
+
+    spent = Minutes(output / "minutes.json")
+    if not (dataset / "meta" / "info.json").exists():
+        spent.on("collect", lambda: rlvla("collect", recipe["collect"], output=dataset))
+    if not (sft / "summary.json").exists():
+        shutil.rmtree(sft, ignore_errors=True)
+        spent.on("sft", lambda: rlvla("sft", recipe["sft"], dataset=dataset, output=sft))
+    if not (ppo / "summary.json").exists():
+        shutil.rmtree(ppo, ignore_errors=True)
+        spent.on(
+            f"train-{arguments.seed}",
+            lambda: rlvla("train", recipe["train"], policy=sft / "policy", output=ppo, seed=arguments.seed),
+        )
+
+    summary = json.loads((ppo / "summary.json").read_text())
+    summary["minutes"] = round(spent.total("collect", "sft", f"train-{arguments.seed}"), 2)
+    print(f"report: {summary['report']}", file=sys.stderr)
+    print(json.dumps(summary))
+
+
+class Minutes:
+    """Wall-clock minutes of each stage, kept beside the results so that a resumed recipe adds up."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.stages: dict[str, float] = json.loads(path.read_text()) if path.exists() else {}
+
+    def on(self, stage: str, work: object) -> None:
+        started = time.monotonic()
+        assert callable(work)
+        work()
+        self.stages[stage] = (time.monotonic() - started) / 60
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        self.path.write_text(json.dumps(self.stages, indent=1) + "\n")
+
+    def total(self, *stages: str) -> float:
+        return sum(self.stages.get(stage, 0.0) for stage in stages)
+
+
+def rlvla(verb: str, settings: list[str], **paths: object) -> None:
+    """Run a verb of this environment's rlvla; its stdout line is its own business, ours comes last."""
+    overrides = [*settings, *(f"{key}={value}" for key, value in paths.items())]
+    print(f"\n$ rlvla {verb} {' '.join(overrides)}", file=sys.stderr, flush=True)
+    done = subprocess.run(
+        [sys.executable, "-m", "rlvla.cli", verb, *overrides],
+        cwd=ROOT,
+        stdout=subprocess.DEVNULL,
+        check=False,
+    )
+    if done.returncode:
+        sys.exit(done.returncode)
+
+
+if __name__ == "__main__":
+    main()
