@@ -304,6 +304,8 @@ class SFTConfig:
     """Standard deviation added to the normalised state, so that the policy does not lean on it."""
     ema_decay: float | None = None
     """Save an exponential moving average of the weights instead; null has none. Usual: 0.999."""
+    train_vlm: bool = True
+    """Train the backbone too. False trains the action expert alone, as the paper's first stage does."""
     tokenizer: str | None = None
     """Folder with tokenizer files of a checkpoint; null trains a small one on the dataset's prompts."""
 

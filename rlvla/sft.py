@@ -65,7 +65,12 @@ def fit(
     mask &= policy.action_mask().cpu()
 
     weight = frame_weights(demonstrations, config)
-    optimizer = torch.optim.AdamW(policy.parameters(), lr=config.lr, weight_decay=config.weight_decay)
+    groups = policy.parameter_groups()
+    trained = [p for name, group in groups.items() if config.train_vlm or name != "vlm" for p in group]
+    policy.requires_grad_(False)
+    for parameter in trained:
+        parameter.requires_grad_(True)
+    optimizer = torch.optim.AdamW(trained, lr=config.lr, weight_decay=config.weight_decay)
     average: dict[str, torch.Tensor] | None = None
     started = time.monotonic()
     for step in range(config.steps):
@@ -82,12 +87,13 @@ def fit(
 
         for group in optimizer.param_groups:
             group["lr"] = config.lr * learning_rate_factor(step, config.steps, config.warmup_steps)
-        context = policy.encode(batch).repeat(config.noise_draws)
+        with torch.set_grad_enabled(config.train_vlm):
+            context = policy.encode(batch).repeat(config.noise_draws)
         velocity = policy.velocity(context, interpolate(action, noise, tau), tau)
         loss = flow_matching_loss(velocity, action, noise, valid)
         optimizer.zero_grad(set_to_none=True)
         torch.autograd.backward(loss)
-        norm = nn.utils.clip_grad_norm_(policy.parameters(), config.max_grad_norm)
+        norm = nn.utils.clip_grad_norm_(trained, config.max_grad_norm)
         if not math.isfinite(float(loss)):
             raise RuntimeError(
                 f"the flow-matching loss is {float(loss)} at step {step}. Lower lr (now {config.lr:g}), or look for "

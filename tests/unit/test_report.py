@@ -175,7 +175,7 @@ def write_videos(run: Path, states: int = 2, frames: int = 12) -> None:
     for phase in ("before", "after"):
         for state in range(states):
             solved = phase == "after" or state == 1
-            film = []
+            film: list[Any] = []
             for t in range(frames):
                 frame = np.full((128, 128, 3), (222, 217, 208), np.uint8)
                 frame[20:60, 76:116] = (205, 120, 110)

@@ -1,0 +1,110 @@
+"""What several test files share: small policies, the toy world, and whether this machine can render."""
+
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import pytest
+from hypothesis import settings
+
+if TYPE_CHECKING:
+    from rlvla.policies.qwen_vla import QwenVLA
+    from rlvla_envs.base import EnvSpec, VecEnv
+
+# Mesa reads this when the first Vulkan device is created.
+os.environ.setdefault("LP_NUM_THREADS", "1")
+
+# A test must not depend on a lucky draw or on a busy machine.
+settings.register_profile("rlvla", max_examples=25, derandomize=True, deadline=None, database=None)
+settings.load_profile("rlvla")
+
+
+@pytest.hookimpl(trylast=True)  # after -m and -k: who deselects them need not wait for a renderer
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Skip what needs a simulator, with the reason, where nothing can render."""
+    needing = [item for item in items if item.get_closest_marker("simulator")]
+    reason = missing_simulator() if needing else ""
+    for item in needing:
+        if reason:
+            item.add_marker(pytest.mark.skip(reason=reason))
+
+
+def missing_simulator() -> str:
+    """Why ManiSkill cannot render here; empty when it can.
+
+    Asked in a process of its own: a broken driver ends the process instead of raising.
+    """
+    code = "import importlib.util, sapien; assert importlib.util.find_spec('mani_skill'), 'not installed'\n"
+    code += "sapien.render.RenderSystem(sapien.Device('cpu'))"
+    try:
+        subprocess.run([sys.executable, "-c", code], capture_output=True, timeout=120, check=True)
+    except (OSError, subprocess.SubprocessError) as error:
+        said = (getattr(error, "stderr", None) or b"").decode(errors="replace").strip().splitlines()
+        return f"ManiSkill cannot render here: {said[-1] if said else error}"
+    return ""
+
+
+@pytest.fixture(scope="session")
+def run_python() -> Callable[[str], str]:
+    """Run code in a process of its own that finds the same packages; returns what it printed."""
+
+    def run(code: str) -> str:
+        environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
+        command = [sys.executable, "-c", code]
+        return subprocess.run(command, capture_output=True, text=True, check=True, env=environment).stdout
+
+    return run
+
+
+@pytest.fixture
+def make_toy() -> Callable[..., "VecEnv"]:
+    """Toy worlds: ``make_toy(num_envs, chunk_size=...)``."""
+    from rlvla_envs.base import SuiteConfig
+    from rlvla_envs.suites import make_env
+
+    def make(num_envs: int = 4, **changes: Any) -> "VecEnv":
+        return make_env(SuiteConfig(**{"name": "toy", "image_size": 32, "max_episode_steps": 32, **changes}), num_envs)
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def make_policy() -> Callable[..., "QwenVLA"]:
+    """Untrained policies of configs/policy: ``make_policy("qwen_vla_tiny", spec, "policy.expert.channels=2")``.
+
+    Everything that starts at zero (the last layer, the AdaLN modulations, biases) is drawn instead: a policy
+    whose velocity is zero would pass any test.
+    """
+    import torch
+
+    from rlvla.config import compose
+    from rlvla.policies.action_stats import ActionStats
+    from rlvla.policies.processor import train_tokenizer
+    from rlvla.policies.qwen_vla import QwenVLA, prompts_for_tokenizer
+
+    tokenizers: dict[int, Any] = {}
+
+    def make(name: str, spec: "EnvSpec", *overrides: str, constant_channel: int | None = None) -> "QwenVLA":
+        config = compose("sft", ["dataset=none", "suite=toy", f"policy={name}", *overrides]).policy
+        rng = np.random.default_rng(0)
+        action = rng.uniform(-1, 1, (200, spec.action_size)).astype(np.float32)
+        if constant_channel is not None:
+            action[:, constant_channel] = 0.25
+        state = rng.normal(size=(200, spec.state_size)).astype(np.float32) if spec.state_size else None
+        size = config.vlm.vocab_size
+        if size not in tokenizers:
+            instructions = ["fly through the gap and reach the green goal"]
+            tokenizers[size] = train_tokenizer(prompts_for_tokenizer(spec, instructions), size)
+        torch.manual_seed(0)
+        policy = QwenVLA(config, spec, ActionStats.of(action, state), tokenizers[size])
+        policy.initialize_vision()
+        with torch.no_grad():
+            for parameter in policy.parameters():
+                if not parameter.any():
+                    parameter.normal_(std=0.1)
+        return policy
+
+    return make
