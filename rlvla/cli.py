@@ -75,7 +75,10 @@ def _run(verb: str, overrides: list[str]) -> None:
 def _quieten() -> None:
     """Libraries that announce missing accelerators on every start say nothing a CPU user can act on."""
     import logging
+    import os
 
+    # transformers sets its own level when it is imported, so the logger alone does not hold.
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     for name in ("transformers", "mani_skill", "ray"):
         logging.getLogger(name).setLevel(logging.ERROR)
     logging.getLogger("mani_skill").disabled = True

@@ -1,5 +1,6 @@
 """`rlvla collect`: demonstrations of a suite's scripted expert, as a LeRobotDataset v3."""
 
+import dataclasses
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,8 @@ def run(config: CollectConfig) -> dict[str, Any]:
     root = Path(config.output)
     progress = Progress()
     kept = tried = frames = 0
-    envs = open_envs(config.suite, config.workers, num_envs=config.workers.num_actors or None)
+    # The expert plays in the first environment of each actor; more would only take memory.
+    envs = open_envs(config.suite, dataclasses.replace(config.workers, envs_per_actor=1))
     try:
         spec = envs.spec
         about = {"suite": spec.suite, "task": spec.task, "env_spec": spec.to_dict()}

@@ -6,6 +6,7 @@ unknown key is an error that suggests the right one.
 
 import dataclasses
 import difflib
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from enum import Enum
@@ -73,7 +74,7 @@ class WorkersConfig:
 
 @dataclass(kw_only=True)
 class AlgoConfig:
-    """Chunk-level PPO on one Gaussian denoising step (Qwen-VLA, section 4.2; DESIGN, section 4)."""
+    """Chunk-level PPO on one Gaussian denoising step (Qwen-VLA, section 4.2; docs/mathematics.md)."""
 
     noise_level: float = 0.5
     """a of the flow SDE: exploration and step size in one. 0.3 to 0.7; below 0.2 learns slowly at any KL."""
@@ -149,8 +150,24 @@ class AlgoConfig:
             self.value_clip,
             "positive, or null",
         )
-        for name in ("policy_lr", "vlm_lr", "value_lr", "max_policy_lr", "max_grad_norm"):
-            _require(getattr(self, name) > 0, f"algo.{name}", getattr(self, name), "positive")
+        positive = ("policy_lr", "vlm_lr", "value_lr", "max_policy_lr", "max_grad_norm", "kl_stop_factor")
+        for name in (*positive, "mean_tolerance", "ratio_tolerance"):
+            value = getattr(self, name)
+            _require(0 < value < math.inf, f"algo.{name}", value, "positive and finite")
+        for name in ("value_coef", "min_successes", "critic_only_iterations"):
+            _require(getattr(self, name) >= 0, f"algo.{name}", getattr(self, name), "0 or more")
+        _require(
+            all(size > 0 for size in self.value_hidden_sizes),
+            "algo.value_hidden_sizes",
+            list(self.value_hidden_sizes),
+            "a list of positive sizes, or [] for a linear head",
+        )
+        _require(
+            self.max_policy_lr >= self.policy_lr,
+            "algo.max_policy_lr",
+            self.max_policy_lr,
+            f"at least algo.policy_lr ({self.policy_lr}), where it starts",
+        )
         _require(
             self.entropy_coef == 0,
             "algo.entropy_coef",
@@ -264,6 +281,7 @@ class CollectConfig:
     workers: WorkersConfig = field(default_factory=WorkersConfig)
 
     def __post_init__(self) -> None:
+        _check_common(self)
         _require(self.episodes >= 1, "episodes", self.episodes, "at least 1")
 
 
@@ -289,17 +307,22 @@ class SFTConfig:
     lr: float = 1e-3
     """Peak learning rate, after warm-up, before cosine decay."""
     warmup_steps: int = 40
+    """Steps of linear warm-up."""
     weight_decay: float = 1e-4
+    """Of AdamW."""
     max_grad_norm: float = 1.0
+    """Gradient-norm clip over all trained parameters."""
     flow_time: FlowTime = FlowTime.beta
     """Distribution of flow time: the paper uses Beta for SFT and Sigmoid-Normal for text-to-action."""
     beta_alpha: float = 1.5
     """tau ~ Beta(alpha, beta), 1 being noise. openpi's 1.5 and 1."""
     beta_beta: float = 1.0
+    """See beta_alpha."""
     first_steps: int = 3
     """Frames at the start of a demonstration that are drawn more often: there the policy must look, later it
     can guess from the arm."""
     first_steps_weight: float = 3.0
+    """How many times more often; 1 draws all frames alike."""
     state_noise: float = 0.1
     """Standard deviation added to the normalised state, so that the policy does not lean on it."""
     ema_decay: float | None = None
@@ -315,6 +338,9 @@ class SFTConfig:
         _require(self.batch_size >= 1, "batch_size", self.batch_size, "at least 1")
         _require(self.noise_draws >= 1, "noise_draws", self.noise_draws, "at least 1")
         _require(self.lr > 0, "lr", self.lr, "positive. Usual: 1e-3 tiny, 5e-5 large")
+        for name in ("warmup_steps", "weight_decay", "state_noise", "first_steps"):
+            _require(getattr(self, name) >= 0, name, getattr(self, name), "0 or more")
+        _require(self.max_grad_norm > 0, "max_grad_norm", self.max_grad_norm, "positive. Usual: 1.0")
         _require(self.first_steps_weight > 0, "first_steps_weight", self.first_steps_weight, "positive")
         _require(
             self.ema_decay is None or 0 < self.ema_decay < 1,
@@ -350,11 +376,16 @@ def compose(verb: str, overrides: Sequence[str]) -> Any:
     from omegaconf import OmegaConf
     from omegaconf.errors import OmegaConfBaseException
 
+    if verb not in SCHEMAS:
+        raise ConfigError(f"{verb!r} is not a verb; verbs: {', '.join(SCHEMAS)}.")
     _register_schemas()
     _check_keys(verb, overrides)
     GlobalHydra.instance().clear()
     try:
         composed = _hydra_compose(verb, overrides)
+        absent = sorted(OmegaConf.missing_keys(composed))
+        if absent:
+            raise ConfigError(f"{', '.join(absent)} must be given: `rlvla {verb} {absent[0]}=PATH`. See --help.")
         return OmegaConf.to_object(composed)
     except (HydraException, OmegaConfBaseException) as error:
         raise ConfigError(_first_lines(error)) from error
@@ -505,7 +536,9 @@ def _require(condition: bool, key: str, value: object, must: str) -> None:
 
 
 def _check_common(config: Any) -> None:
-    device = config.device
+    seed = getattr(config, "seed", 0)
+    _require(seed >= 0, "seed", seed, "0 or more")
+    device = getattr(config, "device", "auto")
     valid = device in ("auto", "cpu", "cuda") or device.startswith("cuda:")
     _require(valid, "device", device, "auto, cpu, cuda or cuda:N")
     if hasattr(config, "inference_batch"):

@@ -239,19 +239,22 @@ def run(config: EvaluateConfig) -> dict[str, Any]:
     """Measure ``config.policy`` on ``config.suite``; the result is under ``config.output``."""
     device = pick_device(config.device)
     policy = load_policy(Path(config.policy), device)
-    with Run.open(config, "eval", total=config.eval.trials) as record:
-        envs = open_envs(config.suite, config.workers)
-        try:
-            require_match(policy.env_spec, envs.spec)
-            own = measure(Actor(policy, block=config.inference_batch, device=device), envs, config.eval, record, "eval")
-        finally:
-            envs.close()
-        return {
-            "task": own.task,
-            "success": own.success,
-            "interval": list(own.interval),
-            "trials": own.trials,
-            "temperature": own.temperature,
-            "policy": config.policy,
-            "result": str(record.folder / "evaluations" / "eval.json"),
-        }
+    require_fresh(config.output)
+    actor = Actor(policy, block=config.inference_batch, device=device)
+    envs = open_envs(config.suite, config.workers)
+    try:
+        require_match(policy.env_spec, envs.spec)
+        with Run.open(config, "eval", total=config.eval.trials) as record:
+            own = measure(actor, envs, config.eval, record, "eval")
+            write_report(record.folder)
+    finally:
+        envs.close()
+    return {
+        "task": own.task,
+        "success": own.success,
+        "interval": list(own.interval),
+        "trials": own.trials,
+        "temperature": own.temperature,
+        "policy": config.policy,
+        "report": str(Path(config.output) / "report.html"),
+    }

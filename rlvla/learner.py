@@ -12,7 +12,7 @@ from rlvla.acting import bind
 from rlvla.config import AlgoConfig, LRSchedule
 from rlvla.policies.base import Context, FlowPolicy, ValueHead
 from rlvla.seeding import Stream, keyed_rng
-from rlvla_algos.flow import GaussianStep, Schedule, gaussian_kl, transition
+from rlvla_algos.flow import GaussianStep, Schedule, check_flow_sde, gaussian_kl, transition
 from rlvla_algos.ppo import explained_variance, ppo_loss
 
 KL_STEER = 1.5
@@ -47,6 +47,7 @@ class Learner:
     ) -> None:
         self.policy, self.value_head, self.config = policy, value_head, config
         self.schedule, self.seed, self.total_iterations = schedule, seed, total_iterations
+        check_flow_sde(schedule, policy.num_denoising_steps)
         groups = policy.parameter_groups()
         trained = ["expert", "vlm"] if config.train_vlm else ["expert"]
         for name, parameters in groups.items():

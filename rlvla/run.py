@@ -35,12 +35,7 @@ class Run:
         Raises:
             ConfigError: the folder already holds a finished or foreign run.
         """
-        folder = Path(config.output)
-        if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-            raise ConfigError(
-                f"output is {folder}, which is not empty. Choose another output=, or remove it first: "
-                "a run never overwrites another."
-            )
+        folder = require_fresh(config.output)
         try:
             folder.mkdir(parents=True, exist_ok=True)
             (folder / "config.yaml").write_text(to_yaml(config))
@@ -117,6 +112,21 @@ class Run:
 
     def finish(self, summary: dict[str, Any]) -> None:
         self.write_json("summary.json", summary)
+
+
+def require_fresh(output: str) -> Path:
+    """The run folder, which must not hold anything yet.
+
+    Raises:
+        ConfigError: it does.
+    """
+    folder = Path(output)
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise ConfigError(
+            f"output is {folder}, which is not empty. Choose another output=, or remove it first: "
+            "a run never overwrites another."
+        )
+    return folder
 
 
 def pick_device(name: str) -> str:

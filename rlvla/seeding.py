@@ -22,7 +22,6 @@ class Stream(IntEnum):
     EVALUATION = 4
     MINIBATCH = 5
     SFT = 6
-    PROBE = 7
 
 
 def keyed_rng(seed: int, stream: Stream, *key: int) -> np.random.Generator:
@@ -31,7 +30,8 @@ def keyed_rng(seed: int, stream: Stream, *key: int) -> np.random.Generator:
 
 
 def training_state(seed: int, *key: int) -> int:
-    """An initial state to train on: a function of its key, never a held-back one."""
+    """An initial state to train on: a function of its key, never a held-back one. The first number of the key is
+    the stream that asks, so that demonstrations and rollouts do not share states by accident."""
     return int(keyed_rng(seed, Stream.TRAINING_STATE, *key).integers(FIRST_TRAINING_STATE, LAST_TRAINING_STATE))
 
 

@@ -152,13 +152,13 @@ def _foreign_spec(demonstrations: Demonstrations, suite: EnvSpec) -> EnvSpec:
     action = suite.action
     if size != suite.action_size:
         action = (ActionComponent(name="action", size=size, convention="unknown", low=-np.inf, high=np.inf),)
+    order = {camera.name: i for i, camera in enumerate(suite.cameras)}
     cameras = tuple(
         Camera(name=name, height=image.shape[1], width=image.shape[2])
-        for name, image in sorted(demonstrations.images.items())
+        for name, image in sorted(demonstrations.images.items(), key=lambda item: order.get(item[0], len(order)))
     )
-    state = suite.state_names
-    if demonstrations.state is not None and demonstrations.state.shape[1] != suite.state_size:
-        state = tuple(f"state.{i}" for i in range(demonstrations.state.shape[1]))
+    size = 0 if demonstrations.state is None else demonstrations.state.shape[1]
+    state = suite.state_names if size == suite.state_size else tuple(f"state.{i}" for i in range(size))
     return EnvSpec.from_dict(
         {
             **suite.to_dict(),

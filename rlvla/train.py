@@ -14,8 +14,8 @@ from rlvla.policies.base import ValueHead
 from rlvla.policies.folder import load_policy, save_policy
 from rlvla.report import write_report
 from rlvla.rollout import collect
-from rlvla.run import Run, pick_device
-from rlvla.seeding import seed_torch, training_state
+from rlvla.run import Run, pick_device, require_fresh
+from rlvla.seeding import Stream, seed_torch, training_state
 from rlvla.workers import open_envs
 from rlvla_algos.flow import flow_sde_schedule
 from rlvla_algos.gae import generalized_advantage_estimate
@@ -37,17 +37,19 @@ def run(config: TrainConfig) -> dict[str, Any]:
     learner = Learner(policy, value_head, config.algo, schedule, seed=config.seed, total_iterations=config.iterations)
     actor = Actor(policy, block=config.inference_batch, device=device)
 
-    with Run.open(config, "train", total=config.iterations) as record:
-        envs = open_envs(config.suite, config.workers)
-        try:
-            require_match(policy.env_spec, envs.spec)
+    require_fresh(config.output)
+    envs = open_envs(config.suite, config.workers)
+    try:
+        require_match(policy.env_spec, envs.spec)
+        with Run.open(config, "train", total=config.iterations) as record:
             before = measure(actor, envs, config.eval, record, "before", env_steps=0)
             env_steps = 0
 
             for iteration in range(config.iterations):
                 started = record.minutes()
                 states = [
-                    training_state(config.seed, iteration, episode) for episode in range(config.episodes_per_iteration)
+                    training_state(config.seed, Stream.ROLLOUT, iteration, episode)
+                    for episode in range(config.episodes_per_iteration)
                 ]
                 rollout = collect(
                     actor,
@@ -93,24 +95,24 @@ def run(config: TrainConfig) -> dict[str, Any]:
 
             save_policy(policy, record.folder / "policy")
             after = measure(actor, envs, config.eval, record, "after", env_steps=env_steps)
-        finally:
-            envs.close()
 
-        comparison = compare(before, after)
-        record.write_json("comparison.json", comparison)
-        summary = {
-            "task": before.task,
-            "success_before": before.success,
-            "success_after": after.success,
-            "trials": before.trials,
-            "p_value": comparison["p_value"],
-            "env_steps": env_steps,
-            "minutes": round(record.minutes(), 2),
-            "report": str(record.folder / "report.html"),
-        }
-        record.finish(summary)
-        write_report(record.folder)
-        return summary
+            comparison = compare(before, after)
+            record.write_json("comparison.json", comparison)
+            summary = {
+                "task": before.task,
+                "success_before": before.success,
+                "success_after": after.success,
+                "trials": before.trials,
+                "p_value": comparison["p_value"],
+                "env_steps": env_steps,
+                "minutes": round(record.minutes(), 2),
+                "report": str(record.folder / "report.html"),
+            }
+            record.finish(summary)
+            write_report(record.folder)
+            return summary
+    finally:
+        envs.close()
 
 
 @torch.no_grad()

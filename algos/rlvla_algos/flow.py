@@ -98,7 +98,7 @@ def flow_sde_schedule(num_steps: int, noise_level: float) -> Schedule:
         noise_level: a > 0. Usual: 0.3 to 0.7.
 
     Raises:
-        ValueError: too few steps, or a noise level so high that w1 turns negative.
+        ValueError: too few steps, or no noise.
     """
     if num_steps < 2:
         raise ValueError(f"num_steps is {num_steps}; the flow SDE needs at least 2. Usual: 2 to 10.")
@@ -111,6 +111,29 @@ def flow_sde_schedule(num_steps: int, noise_level: float) -> Schedule:
     sigma_squared = noise_level**2 * tau / (1 - safe)
     w1 = tau_next - sigma_squared * dt / (2 * tau)
     return Schedule(tau, tau_next, w0=1 - tau_next, w1=w1, std=(sigma_squared * dt).sqrt())
+
+
+def check_flow_sde(schedule: Schedule, num_steps: int) -> None:
+    """Raise ValueError unless a schedule is on `time_grid` and has the drift correction that belongs to its noise.
+
+    Whatever sigma is, marginals survive only with w0 = 1 - tau' and w1 = tau' - s^2 / (2 tau). Runs check
+    themselves with this at start-up: a schedule that fails it still has ratios of 1.
+    """
+    grid = time_grid(num_steps).to(schedule.tau.device)
+    problems = []
+    if schedule.num_steps != num_steps or not torch.allclose(schedule.tau, grid[:-1]):
+        problems.append(f"it starts its steps at {schedule.tau.tolist()}, the time grid at {grid[:-1].tolist()}")
+    elif not torch.allclose(schedule.tau_next, grid[1:], atol=1e-6):
+        problems.append(f"it ends its steps at {schedule.tau_next.tolist()}, the time grid at {grid[1:].tolist()}")
+    corrected = schedule.tau_next - schedule.std.square() / (2 * schedule.tau)
+    if not torch.allclose(schedule.w0, 1 - schedule.tau_next, atol=1e-5):
+        problems.append("w0 is not 1 - tau'")
+    if not torch.allclose(schedule.w1, corrected, atol=1e-5):
+        problems.append("w1 lacks the drift correction -s^2 / (2 tau), so the marginals change")
+    if not bool((schedule.std > 0).all()):
+        problems.append("a step has no noise, so it has no log-probability")
+    if problems:
+        raise ValueError(f"the flow SDE schedule is wrong: {'; '.join(problems)}.")
 
 
 def transition(sample: Chunk, velocity: Chunk, step: Int[Tensor, " B"], schedule: Schedule) -> GaussianStep:
@@ -156,7 +179,16 @@ def denoise(
         schedule: a stochastic schedule, or the ODE's.
         stochastic_step: in [0, N).
         step_noise: standard normal draws for that step, already multiplied by the temperature.
+
+    Raises:
+        ValueError: one of ``stochastic_step`` and ``step_noise`` without the other, or a step out of range.
     """
+    if (stochastic_step is None) != (step_noise is None):
+        raise ValueError("stochastic_step and step_noise come together: which step is drawn, and its draw.")
+    if stochastic_step is not None and not bool(
+        ((stochastic_step >= 0) & (stochastic_step < schedule.num_steps)).all()
+    ):
+        raise ValueError(f"stochastic_step must lie in [0, {schedule.num_steps}), the schedule's steps.")
     euler = ode_schedule(schedule.num_steps).to(noise.device)
     sample = noise
     before = after = mean = torch.zeros_like(noise)

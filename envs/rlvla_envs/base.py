@@ -281,6 +281,8 @@ class SuiteConfig:
             raise ValueError(f"suite.chunk_size is {self.chunk_size}; it must be at least 1. Usual: 8 or 16.")
         if self.max_episode_steps < 1:
             raise ValueError(f"suite.max_episode_steps is {self.max_episode_steps}; it must be at least 1.")
+        if self.image_size < 1:
+            raise ValueError(f"suite.image_size is {self.image_size}; it must be at least 1 pixel. Usual: 64 to 256.")
         if not 1 <= self.num_evaluation_states <= FIRST_TRAINING_STATE:
             raise ValueError(
                 f"suite.num_evaluation_states is {self.num_evaluation_states}; it must lie in "

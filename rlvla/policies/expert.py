@@ -134,14 +134,15 @@ class Expert(nn.Module):
         """Padded entries of ``sample`` are zeroed on the way in and padded steps are hidden as keys, so a chunk
         padded to H x K and the same chunk unpadded have the same velocity."""
         batch, horizon, _ = sample.shape
-        context = self.context_in(tokens)
+        dtype = self.context_in.weight.dtype
+        context = self.context_in(tokens.to(dtype))
         if self.positions is not None:
             context = context + self.positions[: tokens.shape[1]]
         parts, masks = [context], [mask]
         if self.state_in is not None:
-            parts.append(self.state_in(state)[:, None])
+            parts.append(self.state_in(state.to(dtype))[:, None])
             masks.append(mask.new_ones(batch, 1))
-        parts.append(self.action_in(sample * action_mask))
+        parts.append(self.action_in((sample * action_mask).to(dtype)))
         masks.append(action_mask.any(dim=-1).expand(batch, horizon))
         x, valid = torch.cat(parts, dim=1), torch.cat(masks, dim=1)
         # A mask keeps SDPA off its fastest kernel: hand one over only when something is padded.
@@ -153,7 +154,7 @@ class Expert(nn.Module):
             x = block(x, time, rotary, key_mask)
         shift, scale = self.final_modulation(time)[:, None].chunk(2, dim=-1)
         actions = F.layer_norm(x[:, -horizon:], (x.shape[-1],)) * (1 + scale) + shift
-        velocity: Tensor = self.action_out(actions) * action_mask
+        velocity: Tensor = self.action_out(actions).float() * action_mask
         return velocity
 
     def _rotary(

@@ -8,6 +8,7 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import nn
 
@@ -88,9 +89,25 @@ def load_policy(folder: Path, device: str = "cpu") -> QwenVLA:
         tokenizer = load_tokenizer(folder)
     except Exception as error:
         raise ValueError(f"{folder} is damaged: {type(error).__name__}: {error}. Copy or write it again.") from error
+    _check_stats(stats, spec, folder / "action_stats.json")
     policy = QwenVLA(config, spec, stats, tokenizer)
     _load_weights(policy, folder / "model.safetensors")
     return policy.to(device)
+
+
+def _check_stats(stats: ActionStats, spec: EnvSpec, path: Path) -> None:
+    """Statistics of another length would broadcast, and NaN would switch channels off, both silently."""
+    for name, values, sizes in (
+        ("action q01", stats.q01, {spec.action_size}),
+        ("action q99", stats.q99, {spec.action_size}),
+        ("state mean", stats.state_mean, {spec.state_size}),
+        ("state std", stats.state_std, {spec.state_size}),
+    ):
+        if values.ndim != 1 or len(values) not in sizes or not np.isfinite(values).all():
+            raise ValueError(
+                f"{path} does not fit config.yaml: {name} has shape {values.shape} and must be "
+                f"{min(sizes)} finite numbers. Copy the folder again, or train the policy again."
+            )
 
 
 def _read_config(path: Path) -> tuple[Any, EnvSpec]:
@@ -106,7 +123,10 @@ def _read_config(path: Path) -> tuple[Any, EnvSpec]:
         raise ValueError(
             f"{path} is damaged: {type(error).__name__}: {error}. Copy or write the folder again."
         ) from error
-    return policy_config_from_dict(policy), spec
+    try:
+        return policy_config_from_dict(policy), spec
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from error
 
 
 def _load_weights(policy: nn.Module, path: Path) -> None:

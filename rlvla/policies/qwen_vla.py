@@ -77,6 +77,10 @@ class QwenVLAConfig:
     def __post_init__(self) -> None:
         if self.name != "qwen_vla":
             raise ValueError(f"policy.name is {self.name!r}; policies: qwen_vla.")
+        if self.num_denoising_steps < 1:
+            raise ValueError(
+                f"policy.num_denoising_steps is {self.num_denoising_steps}; it must be at least 1, and 2 for PPO."
+            )
 
 
 def vlm_config(config: VLMConfig, token_ids: dict[str, int]) -> Any:
@@ -327,6 +331,9 @@ def _check_sizes(config: QwenVLAConfig, spec: EnvSpec, tokenizer: Any) -> None:
         problems.append(
             f"the tokenizer has {len(tokenizer)} tokens, policy.vlm.vocab_size is {config.vlm.vocab_size}; raise it"
         )
+    if len({(c.height, c.width) for c in spec.cameras}) > 1:
+        sizes = ", ".join(f"{c.name} {c.height} x {c.width}" for c in spec.cameras)
+        problems.append(f"all cameras must have one size, and they are {sizes}; change suite.image_size")
     unit = config.vlm.patch_size * 2
     problems += [
         f"camera {c.name} is {c.height} x {c.width}, which merged patches of {unit} pixels do not divide; "

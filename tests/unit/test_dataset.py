@@ -382,9 +382,7 @@ def with_value(values: np.ndarray[Any, Any], value: float) -> np.ndarray[Any, An
         ({"instruction": " "}, "instruction is ' '"),
     ],
 )
-def test_a_bad_episode_is_refused_by_number_and_column(
-    tmp_path: Path, changes: dict[str, Any], message: str
-) -> None:
+def test_a_bad_episode_is_refused_by_number_and_column(tmp_path: Path, changes: dict[str, Any], message: str) -> None:
     with make_writer(tmp_path / "demos") as writer:
         writer.add(make_episode(3))
         with pytest.raises(ValueError, match=f"^episode 1 is refused: .*{message}"):
@@ -468,9 +466,7 @@ def test_a_dataset_in_lerobots_own_manner_is_read(tmp_path: Path) -> None:
         path = tmp_path / f"meta/episodes/chunk-000/file-{number:03d}.parquet"
         path.parent.mkdir(parents=True, exist_ok=True)
         pq.write_table(pa.Table.from_pylist([row]), path)
-    pq.write_table(
-        pa.table({"task": ["wipe", "fold"], "task_index": [7, 3]}), tmp_path / "meta/tasks.parquet"
-    )
+    pq.write_table(pa.table({"task": ["wipe", "fold"], "task_index": [7, 3]}), tmp_path / "meta/tasks.parquet")
     (tmp_path / "meta/info.json").write_text(json.dumps(info))
 
     demonstrations = load_dataset(tmp_path)
@@ -530,9 +526,7 @@ def test_videos_are_refused_with_the_way_to_embed_images(root: Path) -> None:
         ({"data_path": "data/{nothing}"}, "data_path is"),
     ],
 )
-def test_an_info_file_that_contradicts_the_data_is_refused(
-    root: Path, changes: dict[str, Any], message: str
-) -> None:
+def test_an_info_file_that_contradicts_the_data_is_refused(root: Path, changes: dict[str, Any], message: str) -> None:
     edit_info(root, **changes)
     with pytest.raises(ValueError, match=message):
         load_dataset(root)
@@ -589,9 +583,7 @@ def test_an_action_that_is_text_is_refused(root: Path) -> None:
     assert "'action'" in refusal(root)
 
 
-@pytest.mark.parametrize(
-    ("column", "value"), [("action", np.nan), ("observation.state", -np.inf), ("action", None)]
-)
+@pytest.mark.parametrize(("column", "value"), [("action", np.nan), ("observation.state", -np.inf), ("action", None)])
 def test_a_value_that_is_not_finite_is_located(root: Path, column: str, value: float | None) -> None:
     def spoil(rows: list[Any]) -> list[Any]:
         rows[6][1] = value  # episode 2 starts at frame 4
