@@ -10,8 +10,9 @@ import numpy as np
 from rlvla.acting import Actor
 from rlvla.config import EvalConfig, EvaluateConfig
 from rlvla.policies.folder import load_policy
+from rlvla.report import write_report
 from rlvla.rollout import play
-from rlvla.run import Run, pick_device
+from rlvla.run import Run, pick_device, require_fresh
 from rlvla.seeding import Stream, keyed_rng
 from rlvla.workers import Envs, Round, open_envs
 from rlvla_algos.statistics import mcnemar_exact, paired_difference_interval, wilson_interval

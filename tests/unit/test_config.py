@@ -326,6 +326,10 @@ def leaf_keys(config: Any, prefix: str = "") -> list[str]:
 def test_a_yaml_holds_only_keys_of_its_schema(file: Path) -> None:
     schemas: dict[str, Any] = {"suite": SuiteConfig(), "policy": QwenVLAConfig()}
     group = file.parent.name if file.parent != config_dir() else ""
+    if group == "recipe":
+        for verb, overrides in yaml.safe_load(file.read_text()).items():
+            compose(verb, [*overrides, *{"sft": ["dataset=x"], "train": ["policy=x"]}.get(verb, [])])
+        return
     schema = schemas[group] if group else SCHEMAS[file.stem]()
     data = yaml.safe_load(file.read_text())
     data.pop("defaults")

@@ -1,0 +1,141 @@
+"""What a user sees when something is wrong: one message with the cure, no traceback, nothing half-written."""
+
+import json
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from safetensors.torch import load_file, save_file
+
+from rlvla.dataset import Episode
+from rlvla.dataset_writer import DatasetWriter
+from rlvla_envs.base import SuiteConfig
+from rlvla_envs.suites import make_env
+
+
+def rlvla(*arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
+    variables = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path), **environment}
+    command = [sys.executable, "-m", "rlvla.cli", *arguments]
+    return subprocess.run(command, capture_output=True, text=True, env=variables, timeout=300, check=False)
+
+
+def refusal(done: subprocess.CompletedProcess[str], status: int = 2) -> str:
+    assert done.returncode == status, done.stderr
+    assert "Traceback" not in done.stderr
+    assert done.stdout == ""
+    return done.stderr
+
+
+def write_toy_dataset(root: Path, *, action_size: int = 2, convention: str | None = None) -> None:
+    env = make_env(SuiteConfig(name="toy", image_size=32, max_episode_steps=32), 1)
+    spec = env.spec.to_dict()
+    if convention:
+        spec["action"][0]["convention"] = convention
+    about = {"suite": "toy", "task": "gate", "env_spec": spec} if action_size == 2 else {}
+    names = [f"a{i}" for i in range(action_size)]
+    with DatasetWriter(
+        root, fps=10, robot_type="point", action_names=names, state_names=env.spec.state_names, rlvla=about
+    ) as writer:
+        rng = np.random.default_rng(0)
+        writer.add(
+            Episode(
+                images={"top": np.zeros((12, 32, 32, 3), np.uint8)},
+                state=rng.normal(size=(12, 5)).astype(np.float32),
+                action=rng.uniform(-1, 1, (12, action_size)).astype(np.float32),
+                instruction="fly",
+            )
+        )
+
+
+@pytest.fixture(scope="module")
+def policy_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    root = tmp_path_factory.mktemp("policy")
+    write_toy_dataset(root / "data")
+    done = rlvla(
+        "sft", "suite=toy", "policy=qwen_vla_toy", f"dataset={root / 'data'}", f"output={root / 'sft'}", "steps=2"
+    )
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout.splitlines()[-1])["steps"] == 2
+    return root / "sft" / "policy"
+
+
+def test_a_misspelt_verb_is_corrected() -> None:
+    assert "Did you mean 'train'?" in refusal(rlvla("trian"))
+
+
+def test_a_misspelt_key_is_corrected() -> None:
+    assert "Did you mean 'algo.clip_epsilon'?" in refusal(rlvla("train", "policy=x", "algo.clip_epsilonn=0.1"))
+
+
+def test_a_key_smuggled_in_with_a_plus_is_refused() -> None:
+    assert "'algo.new' is not an option" in refusal(rlvla("train", "policy=x", "+algo.new=1"))
+
+
+def test_a_missing_policy_folder_is_named(tmp_path: Path) -> None:
+    said = refusal(rlvla("train", "suite=toy", f"policy={tmp_path / 'none'}", f"output={tmp_path / 'out'}"))
+    assert "there is no policy folder" in said
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_tensor_without_a_home_is_named(policy_folder: Path, tmp_path: Path) -> None:
+    import shutil
+
+    broken = tmp_path / "broken"
+    shutil.copytree(policy_folder, broken)
+    weights = load_file(broken / "model.safetensors")
+    weights["expert.mystery"] = weights["expert.context_in.bias"].clone()
+    save_file(weights, broken / "model.safetensors")
+    said = refusal(rlvla("eval", "suite=toy", f"policy={broken}", f"output={tmp_path / 'out'}"))
+    assert "without a home: expert.mystery" in said
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_dataset_with_another_number_of_actions_is_shown_beside_the_suite(tmp_path: Path) -> None:
+    write_toy_dataset(tmp_path / "data", action_size=3)
+    said = refusal(
+        rlvla("sft", "suite=toy", "policy=qwen_vla_toy", f"dataset={tmp_path / 'data'}", f"output={tmp_path}/o")
+    )
+    assert re.search(r"number of action channels +3 +2", said)
+    assert not (tmp_path / "o").exists()
+
+
+def test_a_dataset_with_another_convention_is_shown_beside_the_suite(tmp_path: Path) -> None:
+    write_toy_dataset(tmp_path / "data", convention="absolute")
+    said = refusal(
+        rlvla("sft", "suite=toy", "policy=qwen_vla_toy", f"dataset={tmp_path / 'data'}", f"output={tmp_path}/o")
+    )
+    assert "action translation: convention" in said
+    assert "absolute" in said
+
+
+def test_a_policy_on_a_suite_with_other_conventions_is_refused_before_a_folder_is_made(
+    policy_folder: Path, tmp_path: Path
+) -> None:
+    done = rlvla("eval", "suite=toy", "suite.chunk_size=4", f"policy={policy_folder}", f"output={tmp_path / 'out'}")
+    assert re.search(r"chunk size H +8 +4", refusal(done))
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_run_never_overwrites_another(policy_folder: Path, tmp_path: Path) -> None:
+    (tmp_path / "mine.txt").write_text("keep me")
+    said = refusal(rlvla("eval", "suite=toy", f"policy={policy_folder}", f"output={tmp_path}"))
+    assert "not empty" in said
+    assert (tmp_path / "mine.txt").read_text() == "keep me"
+
+
+def test_a_machine_without_a_vulkan_device_is_told_what_to_install(tmp_path: Path) -> None:
+    nowhere = {"VK_ICD_FILENAMES": str(tmp_path / "none.json"), "VK_DRIVER_FILES": str(tmp_path / "none.json")}
+    done = rlvla("collect", "suite=push_cube", f"output={tmp_path / 'data'}", "workers.kind=local", **nowhere)
+    said = refusal(done, status=1)
+    assert "mesa-vulkan-drivers" in said
+    assert not (tmp_path / "data").exists()
+
+
+def test_debug_shows_the_traceback() -> None:
+    done = rlvla("train", "policy=/nowhere", "suite=toy", "--debug")
+    assert done.returncode == 1
+    assert "Traceback" in done.stderr

@@ -1,0 +1,227 @@
+"""The whole system on the 2-D world: demonstrations, SFT, PPO, and the promises about bits."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from rlvla import collect, sft, train
+from rlvla.acting import Actor
+from rlvla.config import compose
+from rlvla.evaluate import evaluate
+from rlvla.learner import InvariantError, Learner
+from rlvla.policies.base import ValueHead
+from rlvla.policies.folder import load_policy
+from rlvla.rollout import collect as collect_rollout
+from rlvla.seeding import seed_torch, training_state
+from rlvla.workers import Envs, open_envs
+from rlvla_algos.flow import Schedule, flow_sde_schedule
+
+TOY = ["suite=toy", "workers.kind=local", "workers.num_actors=1"]
+
+
+@pytest.fixture(scope="session")
+def sft_policy(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """An SFT checkpoint that solves the toy about a third to a half of the time."""
+    root = tmp_path_factory.mktemp("toy")
+    collect.run(compose("collect", [*TOY, f"output={root / 'data'}", "episodes=20"]))
+    settings = ["steps=500", "batch_size=32", "noise_draws=8", "train_vlm=false", "first_steps_weight=1"]
+    sft.run(
+        compose(
+            "sft",
+            ["suite=toy", "policy=qwen_vla_toy", f"dataset={root / 'data'}", f"output={root / 'sft'}", *settings],
+        )
+    )
+    return root / "sft" / "policy"
+
+
+def make_rollout(policy_folder: Path, envs: Envs, *, episodes: int = 24) -> tuple[Any, Learner]:
+    """A rollout as `rlvla train` makes it, and the learner that would train on it."""
+    seed_torch(0)
+    policy = load_policy(policy_folder)
+    head = ValueHead(policy.value_size)
+    config = compose(
+        "train", [*TOY, f"policy={policy_folder}", "algo.min_successes=0", "algo.critic_only_iterations=0"]
+    )
+    schedule = flow_sde_schedule(policy.num_denoising_steps, config.algo.noise_level)
+    learner = Learner(policy, head, config.algo, schedule, seed=0, total_iterations=1)
+    rollout = collect_rollout(
+        Actor(policy, block=16, device="cpu"),
+        head,
+        envs,
+        [training_state(0, 9, i) for i in range(episodes)],
+        schedule=schedule,
+        key=(0, 0),
+        store_context=True,
+    )
+    train.add_advantages(rollout, config.algo)
+    return rollout, learner
+
+
+def toy_envs(kind: str, num_actors: int, envs_per_actor: int) -> Envs:
+    config = compose("train", ["policy=x", "suite=toy"])
+    config.workers.kind = type(config.workers.kind)(kind)
+    config.workers.num_actors, config.workers.envs_per_actor = num_actors, envs_per_actor
+    return open_envs(config.suite, config.workers)
+
+
+def assert_equal_rollouts(one: Any, other: Any) -> None:
+    keys = list(one.keys(include_nested=True, leaves_only=True))
+    assert keys
+    for key in keys:
+        assert torch.equal(one[key], other[key]), f"{key} differs"
+
+
+@pytest.mark.slow
+def test_ppo_lifts_a_half_trained_policy_above_four_fifths(sft_policy: Path, tmp_path: Path) -> None:
+    settings = [
+        *TOY,
+        f"policy={sft_policy}",
+        f"output={tmp_path / 'ppo'}",
+        "workers.envs_per_actor=256",
+        "inference_batch=64",
+        "episodes_per_iteration=256",
+        "iterations=16",
+        "algo.gamma=0.9",
+        "algo.policy_lr=2e-4",
+        "algo.value_hidden_sizes=[128,128]",
+        "eval.temperature=1.0",
+        "eval.shuffled_images=false",
+        "eval.videos=1",
+    ]
+    summary = train.run(compose("train", settings))
+    assert 0.2 < summary["success_before"] < 0.65
+    assert summary["success_after"] > 0.75
+    assert summary["p_value"] < 1e-3
+    report = Path(summary["report"]).read_text()
+    assert "<svg" in report
+    assert "data:video/mp4" in report
+
+
+def test_ray_rollouts_equal_in_process_rollouts_bit_for_bit(sft_policy: Path) -> None:
+    rollouts = []
+    for kind, actors, per_actor in (("local", 1, 8), ("ray", 2, 4)):
+        envs = toy_envs(kind, actors, per_actor)
+        try:
+            rollouts.append(make_rollout(sft_policy, envs)[0])
+        finally:
+            envs.close()
+    assert_equal_rollouts(*rollouts)
+
+
+@pytest.mark.parametrize("num_slots", [3, 8, 40])
+def test_a_result_does_not_depend_on_how_many_environments_measure_it(sft_policy: Path, num_slots: int) -> None:
+    config = compose("eval", [*TOY, f"policy={sft_policy}"])
+    actor = Actor(load_policy(sft_policy), block=16, device="cpu")
+    results = []
+    for slots in (16, num_slots):
+        envs = toy_envs("local", 1, slots)
+        results.append(evaluate(actor, envs, config.eval, name="x", trials=48)[0])
+        envs.close()
+    assert results[0].outcomes == results[1].outcomes
+    assert results[0].executed_steps == results[1].executed_steps
+
+
+def test_two_runs_with_one_seed_give_the_same_weights(sft_policy: Path, tmp_path: Path) -> None:
+    weights = []
+    for name in ("a", "b"):
+        settings = [
+            *TOY,
+            f"policy={sft_policy}",
+            f"output={tmp_path / name}",
+            "iterations=2",
+            "episodes_per_iteration=32",
+            "algo.critic_only_iterations=0",
+            "algo.min_successes=0",
+            "eval.trials=4",
+            "eval.videos=0",
+            "eval.shuffled_images=false",
+        ]
+        train.run(compose("train", settings))
+        weights.append((tmp_path / name / "policy" / "model.safetensors").read_bytes())
+    assert weights[0] == weights[1]
+    assert weights[0] != (sft_policy / "model.safetensors").read_bytes()
+
+
+def test_training_the_backbone_moves_it_and_a_frozen_one_stays(sft_policy: Path, tmp_path: Path) -> None:
+    before = load_policy(sft_policy).state_dict()
+    for train_vlm in (False, True):
+        output = tmp_path / str(train_vlm)
+        settings = [
+            *TOY,
+            f"policy={sft_policy}",
+            f"output={output}",
+            f"algo.train_vlm={train_vlm}",
+            "iterations=1",
+            "episodes_per_iteration=16",
+            "algo.critic_only_iterations=0",
+            "algo.min_successes=0",
+            "eval.trials=2",
+            "eval.videos=0",
+            "eval.shuffled_images=false",
+        ]
+        train.run(compose("train", settings))
+        after = load_policy(output / "policy").state_dict()
+        moved = {name.split(".")[0] for name in before if not torch.equal(before[name], after[name])}
+        assert moved == ({"vlm", "expert"} if train_vlm else {"expert"})
+
+
+# --- planted bugs: each one is a bug that somebody shipped, and a run must stop at it
+
+
+def test_a_learner_whose_time_grid_is_shifted_by_a_step_is_stopped(sft_policy: Path) -> None:
+    envs = toy_envs("local", 1, 8)
+    rollout, learner = make_rollout(sft_policy, envs)
+    schedule = learner.schedule
+    learner.schedule = Schedule(schedule.tau.roll(-1), *schedule[1:])
+    with pytest.raises(InvariantError, match="transition mean differs"):
+        learner.update(rollout, 0)
+
+
+def test_a_sample_clipped_before_it_is_stored_is_stopped(sft_policy: Path) -> None:
+    envs = toy_envs("local", 1, 8)
+    rollout, learner = make_rollout(sft_policy, envs)
+    rollout["after"] = rollout["after"].clamp(-0.5, 0.5)
+    with pytest.raises(InvariantError, match="ratio is off"):
+        learner.update(rollout, 0)
+
+
+def test_a_schedule_without_the_drift_correction_is_refused(sft_policy: Path) -> None:
+    policy = load_policy(sft_policy)
+    config = compose("train", [*TOY, f"policy={sft_policy}"])
+    right = flow_sde_schedule(policy.num_denoising_steps, 0.5)
+    with pytest.raises(ValueError, match="drift correction"):
+        Learner(
+            policy,
+            ValueHead(policy.value_size),
+            config.algo,
+            right._replace(w1=right.tau_next),
+            seed=0,
+            total_iterations=1,
+        )
+
+
+def test_a_success_at_the_time_limit_has_no_value_after_it(sft_policy: Path) -> None:
+    envs = toy_envs("local", 1, 8)
+    rollout, _ = make_rollout(sft_policy, envs, episodes=48)
+    ended = rollout["next", "terminated"] & rollout["valid"]
+    assert ended.any()
+    expected = rollout["next", "reward"][ended]
+    torch.testing.assert_close(rollout["value_target"][ended], expected)
+
+
+def test_dropout_that_is_on_is_stopped(sft_policy: Path) -> None:
+    envs = toy_envs("local", 1, 8)
+    rollout, learner = make_rollout(sft_policy, envs)
+    learner.policy.train()  # type: ignore[attr-defined]
+    with pytest.raises(InvariantError, match="training mode"):
+        learner.update(rollout, 0)
+
+
+def test_a_log_probability_that_is_not_finite_is_stopped(sft_policy: Path) -> None:
+    envs = toy_envs("local", 1, 8)
+    rollout, learner = make_rollout(sft_policy, envs)
+    rollout["log_prob"][0, 0, 0, 0] = float("nan")
+    with pytest.raises(InvariantError, match="not finite"):
+        learner.update(rollout, 0)
