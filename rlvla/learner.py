@@ -185,7 +185,7 @@ class Learner:
                 self._value_optimizer.zero_grad(set_to_none=True)
                 torch.autograd.backward(loss)
                 self._value_optimizer.step()
-                total, count = total + float(loss), count + 1
+                total, count = total + float(loss.detach()), count + 1
         return {"loss/value": total / count, "ppo/epochs": float(self.config.epochs), **self._checked}
 
     def _features(self, batch: TensorDict) -> Tensor:

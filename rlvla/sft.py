@@ -93,10 +93,11 @@ def fit(
         loss = flow_matching_loss(velocity, action, noise, valid)
         optimizer.zero_grad(set_to_none=True)
         torch.autograd.backward(loss)
+        error = float(loss.detach())
         norm = nn.utils.clip_grad_norm_(trained, config.max_grad_norm)
-        if not math.isfinite(float(loss)):
+        if not math.isfinite(error):
             raise RuntimeError(
-                f"the flow-matching loss is {float(loss)} at step {step}. Lower lr (now {config.lr:g}), or look for "
+                f"the flow-matching loss is {error} at step {step}. Lower lr (now {config.lr:g}), or look for "
                 "outliers in the dataset's actions."
             )
         optimizer.step()
@@ -104,9 +105,9 @@ def fit(
             average = update_average(average, policy, config.ema_decay)
         if (step + 1) % 20 == 0 or step + 1 == config.steps:
             rate = (step + 1) / (time.monotonic() - started)
-            row = {"loss/flow": float(loss), "optim/grad_norm": float(norm), "speed/steps_per_s": rate}
+            row = {"loss/flow": error, "optim/grad_norm": float(norm), "speed/steps_per_s": rate}
             record.log({"kind": "sft", "step": step + 1, "minutes": record.minutes(), **row})
-            record.progress.bar(f"sft loss {float(loss):.3f}", step + 1, config.steps)
+            record.progress.bar(f"sft loss {error:.3f}", step + 1, config.steps)
     return average
 
 
