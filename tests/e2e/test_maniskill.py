@@ -1,16 +1,23 @@
 """The system on a rendered robot task, for as long as it takes to see that the parts fit."""
 
+import importlib.util
 import json
 from pathlib import Path
 
 import pytest
 import torch
-from test_toy import assert_equal_rollouts, make_rollout
 
 from rlvla import collect, evaluate, sft
 from rlvla.config import compose
 from rlvla.dataset_reader import load_dataset
 from rlvla.workers import open_envs
+
+# pytest's importlib mode keeps test folders off sys.path: load the sibling by its file.
+_spec = importlib.util.spec_from_file_location("toy_helpers", Path(__file__).with_name("test_toy.py"))
+assert _spec is not None
+assert _spec.loader is not None
+toy = importlib.util.module_from_spec(_spec)
+_spec.loader.exec_module(toy)
 
 pytestmark = pytest.mark.simulator
 
@@ -39,10 +46,10 @@ def test_ray_rollouts_equal_in_process_rollouts_bit_for_bit(policy_folder: Path)
         config = compose("train", overrides)
         envs = open_envs(config.suite, config.workers)
         try:
-            rollouts.append(make_rollout(policy_folder, envs, episodes=6)[0])
+            rollouts.append(toy.make_rollout(policy_folder, envs, episodes=6)[0])
         finally:
             envs.close()
-    assert_equal_rollouts(*rollouts)
+    toy.assert_equal_rollouts(*rollouts)
     assert torch.isfinite(rollouts[0]["log_prob"]).all()
 
 
