@@ -6,7 +6,7 @@ the same class with different YAML (configs/policy).
 
 from collections.abc import Iterable
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Self
 
 import numpy as np
 import torch
@@ -158,6 +158,17 @@ class QwenVLA(nn.Module):
         # A policy is deterministic given its noise: no dropout in SFT, rollouts, or updates, so that the
         # ratio before the first step is 1. It stays in eval mode; gradients do not need train mode.
         self.eval()
+
+    def _apply(self, fn: Any, recurse: bool = True) -> Self:
+        """Moves and casts as every module does, but rotary frequencies stay in fp32: a position in the hundreds
+        does not fit into the 8 bits of a bfloat16."""
+        rotary: list[Any] = [m for m in self.modules() if isinstance(getattr(m, "inv_freq", None), Tensor)]
+        kept = [module.inv_freq.float() for module in rotary]
+        nn.Module._apply(self, fn, recurse)  # type: ignore[no-untyped-call]
+        for module, frequency in zip(rotary, kept, strict=True):
+            if not module.inv_freq.is_meta:
+                module.inv_freq = frequency.to(module.inv_freq.device)
+        return self
 
     def initialize_vision(self) -> None:
         """Widen the vision tower's start, for a model trained from scratch (`VLMConfig.vision_position_std`)."""
