@@ -1,7 +1,6 @@
 """The learner: epochs of minibatches of one loss, a trust region measured exactly, and checks that fail loudly."""
 
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 import torch
@@ -103,14 +102,6 @@ class Learner:
         if min(successes, episodes - successes) < config.min_successes:
             return f"{successes} successes in {episodes} episodes carry no signal"
         return ""
-
-    def state_dict(self) -> dict[str, Any]:
-        return {
-            "value_head": self.value_head.state_dict(),
-            "policy_optimizer": self._policy_optimizer.state_dict(),
-            "value_optimizer": self._value_optimizer.state_dict(),
-            "lr_scale": self._lr_scale,
-        }
 
     def forward(self, batch: TensorDict) -> Forward:
         """One pass gives log-probability and value. The stored context is used where the backbone is frozen."""
