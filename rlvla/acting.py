@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from tensordict import TensorDict
 
-from rlvla.policies.base import Context, Decision, FlowPolicy
+from rlvla.policies.base import Context, Decision, FlowPolicy, pad_tokens
 from rlvla.seeding import normal
 from rlvla_algos.flow import Schedule, denoise, ode_schedule
 from rlvla_envs.base import Observation
@@ -27,8 +27,9 @@ class Actor:
     """Samples a policy in blocks of fixed size.
 
     The rows of a batched matrix product depend, in their last bit, on how many rows there are, and not on
-    what the others hold. So every call runs on exactly ``block`` rows, padded by repetition: a result then does not
-    depend on how many environments happened to ask (a test holds this to the bit).
+    what the others hold, unless those are longer. So every call runs on exactly ``block`` rows of one context
+    length, padded by repetition: a result then does not depend on which environments happened to ask (tests hold this
+    to the bit).
     """
 
     def __init__(self, policy: FlowPolicy, *, block: int, device: str) -> None:
@@ -51,43 +52,51 @@ class Actor:
             temperature: factor on every Gaussian draw.
             schedule: of the stochastic step; the plain ODE when absent.
         """
+        blocks = self._blocks(observation)
         with _one_thread():
             thoughts = [
-                self._decide_block(observation.take(rows), [rngs[i] for i in rows], n, temperature, schedule)
-                for rows, n in self._blocks(len(observation))
+                self._decide_block(observation.take(block), [rngs[i] for i in block[:n]], temperature, schedule)
+                for block, n in blocks
             ]
-        return thoughts[0] if len(thoughts) == 1 else _concatenate(thoughts)
+        return _concatenate(thoughts, _places(blocks))
 
     @torch.no_grad()
     def encode(self, observation: Observation) -> Context:
         """Contexts of any number of rows, for values of final observations."""
-        parts = []
+        blocks = self._blocks(observation)
         with _one_thread():
-            for rows, n in self._blocks(len(observation)):
-                context = self.policy.encode(self.policy.collate(observation.take(rows)).to(self.device))
-                parts.append(context.to_tensordict()[:n])
-        return Context.from_tensordict(torch.cat(parts))
+            contexts = [
+                self.policy.encode(self.policy.collate(observation.take(block)).to(self.device)).to_tensordict()[:n]
+                for block, n in blocks
+            ]
+        return Context.from_tensordict(torch.cat(pad_tokens(contexts))[_places(blocks)])
 
-    def _blocks(self, size: int) -> Iterator[tuple[list[int], int]]:
-        for start in range(0, size, self.block):
-            n = min(self.block, size - start)
-            yield [start + min(i, n - 1) for i in range(self.block)], n
+    def _blocks(self, observation: Observation) -> list[tuple[list[int], int]]:
+        """(rows, how many of them are real): rows of one context length, the last one repeated to fill."""
+        by_length: dict[int, list[int]] = {}
+        for row, instruction in enumerate(observation.instruction):
+            by_length.setdefault(self.policy.context_length(instruction), []).append(row)
+        blocks = []
+        for rows in by_length.values():
+            for start in range(0, len(rows), self.block):
+                part = rows[start : start + self.block]
+                blocks.append((part + [part[-1]] * (self.block - len(part)), len(part)))
+        return blocks
 
     def _decide_block(
         self,
         observation: Observation,
         rngs: list[np.random.Generator],
-        num_rows: int,
         temperature: float,
         schedule: Schedule | None,
     ) -> Thought:
-        policy = self.policy
+        policy, num_rows = self.policy, len(rngs)
         batch = policy.collate(observation).to(self.device)
         context = policy.encode(batch)
         num_steps = policy.num_denoising_steps
         shape = (policy.horizon, policy.channels)
-        # Rows past num_rows are padding: they repeat the last row, and must not advance its generator.
-        draws = [(normal(rng, *shape), int(rng.integers(num_steps)), normal(rng, *shape)) for rng in rngs[:num_rows]]
+        # Rows without a generator are padding: they repeat the last row, and must not advance its generator.
+        draws = [(normal(rng, *shape), int(rng.integers(num_steps)), normal(rng, *shape)) for rng in rngs]
         draws += [draws[-1]] * (self.block - num_rows)
         mask = policy.action_mask()
         noise = torch.from_numpy(np.stack([d[0] for d in draws])).to(self.device) * temperature * mask
@@ -134,14 +143,21 @@ def _one_thread() -> Iterator[None]:
         torch.set_num_threads(threads)
 
 
-def _concatenate(thoughts: list[Thought]) -> Thought:
+def _places(blocks: list[tuple[list[int], int]]) -> torch.Tensor:
+    """Where each row of the observation is among the rows of the blocks."""
+    return torch.tensor([row for block, n in blocks for row in block[:n]]).argsort()
+
+
+def _concatenate(thoughts: list[Thought], places: torch.Tensor) -> Thought:
+    if len(thoughts) == 1:
+        return thoughts[0]
     decisions = [t.decision for t in thoughts]
     tensors = {
-        name: torch.cat([getattr(d, name) for d in decisions])
+        name: torch.cat([getattr(d, name) for d in decisions])[places]
         for name in ("before", "after", "mean", "log_prob", "step")
     }
     return Thought(
-        Decision(action=np.concatenate([d.action for d in decisions]), **tensors),
-        torch.cat([t.batch for t in thoughts]),
-        Context.from_tensordict(torch.cat([t.context.to_tensordict() for t in thoughts])),
+        Decision(action=np.concatenate([d.action for d in decisions])[places.numpy()], **tensors),
+        torch.cat(pad_tokens([t.batch for t in thoughts]))[places],
+        Context.from_tensordict(torch.cat(pad_tokens([t.context.to_tensordict() for t in thoughts]))[places]),
     )

@@ -37,10 +37,10 @@ def main(argv: list[str] | None = None) -> None:
         close = difflib.get_close_matches(verb, VERBS, n=1)
         hint = f" Did you mean {close[0]!r}?" if close else ""
         _stop(f"unknown verb {verb!r}.{hint} Verbs: {', '.join(VERBS)}.", 2)
-    if "-h" in overrides or "--help" in overrides:
-        print(_verb_help(verb))
-        return
     try:
+        if "-h" in overrides or "--help" in overrides:
+            print(_verb_help(verb, [o for o in overrides if o not in ("-h", "--help")]))
+            return
         _run(verb, overrides)
     except KeyboardInterrupt:
         _stop("interrupted.", 130)
@@ -59,7 +59,7 @@ def _run(verb: str, overrides: list[str]) -> None:
     warnings.filterwarnings("ignore", category=DeprecationWarning)
     warnings.filterwarnings("ignore", category=FutureWarning)
     warnings.filterwarnings("ignore", category=UserWarning)
-    from rlvla.config import compose, to_yaml
+    from rlvla.compose import compose, to_yaml
 
     show = [o for o in overrides if o in ("--cfg", "--resolve", "job")]
     config = compose(verb, [o for o in overrides if o not in show])
@@ -97,24 +97,33 @@ def _help() -> str:
     )
 
 
-def _verb_help(verb: str) -> str:
+def _verb_help(verb: str, overrides: list[str]) -> str:
     import textwrap
 
-    from rlvla.config import describe, group_choices
+    from rlvla.compose import describe, group_choices
 
     lines = [f"usage: rlvla {verb} [key=value ...]", "", VERBS[verb], ""]
     for group, choices in group_choices(verb).items():
         lines.append(f"  {group}={'|'.join(choices)}")
-    lines.append("")
-    for key, default, meaning in describe(verb):
+    shown = f"as {' '.join(overrides)} sets them" if overrides else "with their defaults"
+    lines += ["", f"options, {shown}:", ""]
+    for key, default, meaning in describe(verb, overrides):
         lines.append(f"  {key}={default}")
         lines += textwrap.wrap(meaning, 96, initial_indent="      ", subsequent_indent="      ")
     return "\n".join(lines)
 
 
 def _one_message(error: Exception) -> str:
+    import errno
+
     known = isinstance(error, ValueError | RuntimeError | OSError)
     text = str(error).strip() or type(error).__name__
+    if (
+        isinstance(error, OSError)
+        and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+        and "output=" not in text
+    ):
+        return f"cannot write: {text}. Free some space or choose another output=; what was saved before this stands."
     if known:
         return text
     return f"{type(error).__name__}: {text}\nThis is a bug in rlvla. Run again with --debug and report the traceback."

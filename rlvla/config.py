@@ -1,17 +1,9 @@
-"""Every option of every verb: its name, type, default, meaning and limits. YAML under configs/ holds values only.
+"""Every option of every verb: its name, type, default, meaning and limits. YAML under configs/ holds values only."""
 
-`compose` builds a verb's configuration from YAML and command-line overrides and validates it at the door: an
-unknown key is an error that suggests the right one.
-"""
-
-import dataclasses
-import difflib
 import math
-from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from enum import Enum
-from pathlib import Path
-from typing import Any, Literal, cast
+from typing import Any
 
 from rlvla_envs.base import SuiteConfig
 
@@ -92,6 +84,9 @@ class AlgoConfig:
     """per_chunk as in the paper; per_step discounts gamma^executed_steps, comparable across chunk sizes."""
     gae_lambda: float = 0.95
     """0 trusts the critic, 1 the returns."""
+    bootstrap_time_limit: bool = True
+    """Value what lies past the time limit by the critic: right for a task that would go on, but a policy can then
+    gain by outlasting the limit. False ends the return there: right when success counts within the limit only."""
     normalize_advantage: bool = True
     """Over all valid decisions of the iteration."""
     epochs: int = 8
@@ -221,8 +216,6 @@ class TrainConfig:
     """PPO iterations: collect whole episodes, update."""
     episodes_per_iteration: int = 256
     """Whole episodes collected each iteration. Fewer, more frequent iterations were worse at equal steps."""
-    temperature: float = 1.0
-    """Factor on every Gaussian draw of a rollout. The log-probability accounts for 1.0 only."""
     inference_batch: int = 16
     """Rows the policy is run on at once while acting; padded, so that a row's result never depends on how
     many others there are."""
@@ -239,12 +232,6 @@ class TrainConfig:
             "at least 1",
         )
         _require(self.save_every >= 1, "save_every", self.save_every, "at least 1")
-        _require(
-            self.temperature == 1.0,
-            "temperature",
-            self.temperature,
-            "1.0: PPO scores the draws it acted on, and they are scored at temperature 1",
-        )
         _check_trials(self.eval, self.suite)
 
 
@@ -356,180 +343,6 @@ class SFTConfig:
         )
 
 
-Verb = Literal["collect", "sft", "train", "eval"]
-SCHEMAS: dict[str, type] = {
-    "collect": CollectConfig,
-    "sft": SFTConfig,
-    "train": TrainConfig,
-    "eval": EvaluateConfig,
-}
-
-
-def compose(verb: str, overrides: Sequence[str]) -> Any:
-    """The validated configuration of a verb, as its dataclass.
-
-    Raises:
-        ConfigError: an unknown key or group, a wrong type, a missing or an impossible value.
-    """
-    from hydra.core.global_hydra import GlobalHydra
-    from hydra.errors import HydraException
-    from omegaconf import OmegaConf
-    from omegaconf.errors import OmegaConfBaseException
-
-    if verb not in SCHEMAS:
-        raise ConfigError(f"{verb!r} is not a verb; verbs: {', '.join(SCHEMAS)}.")
-    _register_schemas()
-    _check_keys(verb, overrides)
-    GlobalHydra.instance().clear()
-    try:
-        composed = _hydra_compose(verb, overrides)
-        absent = sorted(OmegaConf.missing_keys(composed))
-        if absent:
-            raise ConfigError(f"{', '.join(absent)} must be given: `rlvla {verb} {absent[0]}=PATH`. See --help.")
-        return OmegaConf.to_object(composed)
-    except (HydraException, OmegaConfBaseException) as error:
-        raise ConfigError(_first_lines(error)) from error
-
-
-def to_yaml(config: Any) -> str:
-    """A resolved configuration as YAML."""
-    from omegaconf import OmegaConf
-
-    return OmegaConf.to_yaml(OmegaConf.structured(config))
-
-
-def policy_config_from_dict(data: dict[str, Any]) -> Any:
-    """The typed configuration of a policy from a folder's config.yaml.
-
-    Raises:
-        ConfigError: unknown keys or wrong types.
-    """
-    from omegaconf import OmegaConf
-    from omegaconf.errors import OmegaConfBaseException
-
-    from rlvla.policies.qwen_vla import QwenVLAConfig
-
-    try:
-        return OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(QwenVLAConfig), data))
-    except OmegaConfBaseException as error:
-        raise ConfigError(_first_lines(error)) from error
-
-
-def describe(verb: str) -> list[tuple[str, str, str]]:
-    """(key, default, meaning) of every option of a verb, for --help and the reference page."""
-    return list(_describe(SCHEMAS[verb], ""))
-
-
-def group_choices(verb: str) -> dict[str, list[str]]:
-    """The YAML files that each configuration group of a verb offers."""
-    groups = ("suite", "policy") if verb == "sft" else ("suite",)
-    return {group: sorted(f.stem for f in (config_dir() / group).glob("*.yaml")) for group in groups}
-
-
-def config_dir() -> Path:
-    """configs/ of the checkout, or the copy inside an installed wheel."""
-    here = Path(__file__).resolve().parent
-    for candidate in (here / "configs", here.parent / "configs"):
-        if candidate.is_dir():
-            return candidate
-    raise ConfigError(f"no configs folder beside {here}; reinstall rlvla.")
-
-
-def _hydra_compose(verb: str, overrides: Sequence[str]) -> Any:
-    from hydra import compose as hydra_compose
-    from hydra import initialize_config_dir
-
-    # To Hydra `policy=` names a file under configs/policy, which is right for sft alone; the other verbs
-    # mean a folder on disk.
-    is_folder = [verb != "sft" and o.startswith("policy=") for o in overrides]
-    with initialize_config_dir(str(config_dir()), version_base="1.3"):
-        composed = hydra_compose(
-            verb, overrides=[o for o, folder in zip(overrides, is_folder, strict=True) if not folder]
-        )
-    for override, folder in zip(overrides, is_folder, strict=True):
-        if folder:
-            composed.policy = override.removeprefix("policy=")
-    return composed
-
-
-def _register_schemas() -> None:
-    from hydra.core.config_store import ConfigStore
-
-    from rlvla.policies.qwen_vla import QwenVLAConfig
-
-    store = ConfigStore.instance()
-    for verb, schema in SCHEMAS.items():
-        store.store(name=f"{verb}_schema", node=schema)
-    store.store(group="suite", name="base_suite", node=SuiteConfig)
-    store.store(group="policy", name="base_qwen_vla", node=QwenVLAConfig)
-
-
-def _check_keys(verb: str, overrides: Sequence[str]) -> None:
-    """Refuse what Hydra would accept and ignore (`+new=1`), and suggest the nearest key for what it refuses."""
-    known = {key for key, _, _ in _describe(SCHEMAS[verb], "")}
-    if verb == "sft":
-        from rlvla.policies.qwen_vla import QwenVLAConfig
-
-        known |= {key for key, _, _ in _describe(QwenVLAConfig, "policy.")}
-    known |= {"suite", "policy"} if verb == "sft" else {"suite"}
-    choices = group_choices(verb)
-    for override in overrides:
-        key, equals, value = override.partition("=")
-        if not equals:
-            raise ConfigError(f"{override!r} is not of the form key=value. See `rlvla {verb} --help`.")
-        key = key.lstrip("+~").split("@")[0]
-        if key in choices and value not in choices[key]:
-            close = difflib.get_close_matches(value, choices[key], n=1)
-            hint = f" Did you mean {close[0]!r}?" if close else ""
-            raise ConfigError(f"{key} is {value!r}; choose one of {', '.join(choices[key])}.{hint}")
-        if key in known or key.startswith("suite.options."):
-            continue
-        raise ConfigError(f"{key!r} is not an option of `rlvla {verb}`.{_suggest(key, known)}")
-
-
-def _suggest(key: str, known: set[str]) -> str:
-    close = difflib.get_close_matches(key, known, n=1, cutoff=0.6)
-    if not close:
-        # "epochs" for "algo.epochs": the last part alone may be right.
-        tails = {k.rsplit(".", 1)[-1]: k for k in sorted(known)}
-        close = [tails[t] for t in difflib.get_close_matches(key.rsplit(".", 1)[-1], tails, n=1, cutoff=0.75)]
-    return f" Did you mean {close[0]!r}?" if close else " See --help for all of them."
-
-
-def _describe(schema: type, prefix: str) -> Iterator[tuple[str, str, str]]:
-    docs = _field_docs(schema)
-    for f in dataclasses.fields(schema):
-        nested = f.type if isinstance(f.type, type) and dataclasses.is_dataclass(f.type) else None
-        if nested is not None:
-            yield from _describe(cast(type, nested), f"{prefix}{f.name}.")
-            continue
-        if f.default is not dataclasses.MISSING:
-            default = f.default.value if isinstance(f.default, Enum) else f.default
-        else:
-            default = f.default_factory() if f.default_factory is not dataclasses.MISSING else "required"
-        yield f"{prefix}{f.name}", "required" if default == MISSING else str(default), docs.get(f.name, "")
-
-
-def _field_docs(schema: type) -> dict[str, str]:
-    """The sentence under each field of a dataclass, read from its source."""
-    import ast
-    import inspect
-    import textwrap
-
-    body = ast.parse(textwrap.dedent(inspect.getsource(schema))).body[0]
-    assert isinstance(body, ast.ClassDef)
-    docs: dict[str, str] = {}
-    for statement, following in zip(body.body, body.body[1:], strict=False):
-        if (
-            isinstance(statement, ast.AnnAssign)
-            and isinstance(statement.target, ast.Name)
-            and isinstance(following, ast.Expr)
-            and isinstance(following.value, ast.Constant)
-        ):
-            docs[statement.target.id] = " ".join(str(following.value.value).split())
-    return docs
-
-
 def _require(condition: bool, key: str, value: object, must: str) -> None:
     if not condition:
         raise ConfigError(f"{key} is {value}; it must be {must}.")
@@ -551,16 +364,4 @@ def _check_trials(evaluation: EvalConfig, suite: SuiteConfig) -> None:
         "eval.trials",
         evaluation.trials,
         f"at most suite.num_evaluation_states ({suite.num_evaluation_states}), each state is visited once",
-    )
-
-
-def _first_lines(error: Exception) -> str:
-    """Hydra wraps OmegaConf's message and goes on with its internals; keep what says what is wrong."""
-    wrapped = error.__cause__ or error.__context__
-    text = str(error)
-    if wrapped is not None and "Error merging" in text:
-        text = f"{text.splitlines()[0]}: {wrapped}"
-    internals = ("full_key", "object_type", "reference_type")
-    return " ".join(
-        line.strip() for line in text.splitlines() if line.strip() and not line.strip().startswith(internals)
     )

@@ -130,8 +130,8 @@ def measure(actor: Actor, envs: Envs, config: EvalConfig, record: Run, name: str
         )
         if difference["p_value"] > 0.05 or own.success <= blind.success:
             record.alarm(
-                -1,
-                f"the policy may be blind ({name}): success {own.success:.2f} with its own images, "
+                f"evaluation {name}",
+                f"the policy may be blind: success {own.success:.2f} with its own images, "
                 f"{blind.success:.2f} with another environment's (p = {difference['p_value']:.2g})",
             )
     videos = film(actor, envs, config, record.folder / "videos", name)

@@ -182,7 +182,7 @@ def _last_sign(path: Path) -> str:
 
 
 SETTINGS: tuple[tuple[str, tuple[str, ...]], ...] = (
-    ("temperature of rollouts, of evaluations", ("temperature", "eval.temperature")),
+    ("temperature of evaluations", ("eval.temperature",)),
     ("noise level", ("algo.noise_level",)),
     ("reduction of the ratio", ("algo.reduction",)),
     ("clip ε, KL target", ("algo.clip_epsilon", "algo.target_kl")),

@@ -199,8 +199,7 @@ def alarms_section(run: RunFolder) -> str:
         return ""
     items = ""
     for alarm in run.alarms:
-        where = f"iteration {alarm.get('iteration')}"
-        what = str(alarm.get("message")).removeprefix(f"{where}: ")
+        where, what = str(alarm.get("where")), str(alarm.get("message"))
         items += f"<li><b>{escape(where)}</b> {escape(what)}</li>"
     return html_section("Alarms", f"<ul>{items}</ul>" if items else "<p>None.</p>")
 

@@ -12,10 +12,9 @@ from typing import cast
 import numpy as np
 import torch
 from tensordict import TensorDict
-from torch.nn import functional as F
 
 from rlvla.acting import Actor
-from rlvla.policies.base import Context, ValueHead
+from rlvla.policies.base import Context, ValueHead, pad_tokens
 from rlvla.seeding import Stream, keyed_rng
 from rlvla.workers import Envs, Round
 from rlvla_algos.flow import Schedule
@@ -170,7 +169,7 @@ def collect(
 
 def _arrange(pieces: list[TensorDict], rows: np.ndarray, num_episodes: int, max_decisions: int) -> TensorDict:
     """Rounds of decisions, put where their episode and decision index say."""
-    flat = cast(TensorDict, torch.cat(_pad_contexts(pieces)))
+    flat = cast(TensorDict, torch.cat(_one_length(pieces)))
     episode, decision = torch.from_numpy(rows).to(flat.device).T
     # The longest episode played, not the longest possible: less to store.
     length = min(max_decisions, int(decision.max()) + 1)
@@ -183,16 +182,10 @@ def _arrange(pieces: list[TensorDict], rows: np.ndarray, num_episodes: int, max_
     return rollout
 
 
-def _pad_contexts(pieces: list[TensorDict]) -> list[TensorDict]:
-    """Prompts of different lengths share one tensor: pad every context to the longest, mask False."""
+def _one_length(pieces: list[TensorDict]) -> list[TensorDict]:
     key = "context" if "context" in pieces[0] else "batch"
-    lengths = [piece[key, "mask"].shape[1] for piece in pieces]
-    longest = max(lengths)
-    along_tokens = {"mask": (0,), "input_ids": (0,), "token_type": (0,), "position_ids": (0,), "tokens": (0, 0, 0)}
-    for piece, length in zip(pieces, lengths, strict=True):
-        for name in along_tokens:
-            if length < longest and (key, name) in piece.keys(include_nested=True):
-                piece.set((key, name), F.pad(piece.get((key, name)), (*along_tokens[name], longest - length)))
+    for piece, padded in zip(pieces, pad_tokens([piece[key] for piece in pieces]), strict=True):
+        piece[key] = padded
     return pieces
 
 

@@ -13,7 +13,8 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
-from rlvla.config import ConfigError, to_yaml
+from rlvla.compose import to_yaml
+from rlvla.config import ConfigError
 from rlvla.progress import Progress
 
 
@@ -70,10 +71,14 @@ class Run:
         """The latest value logged under a key."""
         return self._last.get(key)
 
-    def alarm(self, iteration: int, message: str) -> None:
-        """Something a person should look at; shown, logged, and listed in the report."""
-        self.log({"kind": "alarm", "iteration": iteration, "message": message})
-        self.progress.warn(message)
+    def alarm(self, where: str, message: str) -> None:
+        """Something a person should look at; shown, logged, and listed in the report.
+
+        Args:
+            where: "iteration 7" or "evaluation before".
+        """
+        self.log({"kind": "alarm", "where": where, "message": message})
+        self.progress.warn(f"{where}: {message}")
 
     def write_json(self, name: str, content: Any) -> None:
         path = self.folder / name

@@ -68,7 +68,7 @@ def read_run(path: Path) -> RunFolder:
         summary=_read_json(path / "summary.json", problems, {}),
         # A resumed run repeats what it had not saved, with the same result: the last line counts.
         iterations=_last_of_each(lines, "iteration", ("iteration",)),
-        alarms=_last_of_each(lines, "alarm", ("iteration", "message")),
+        alarms=_last_of_each(lines, "alarm", ("where", "message")),
         evaluation_points=_last_of_each(lines, "evaluation", ("name",)),
         evaluations=evaluations,
         comparison=_read_json(path / "comparison.json", problems, {}),

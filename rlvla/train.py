@@ -22,6 +22,10 @@ from rlvla_algos.gae import generalized_advantage_estimate
 from rlvla_algos.ppo import normalize_advantage
 from rlvla_envs.base import require_match
 
+MAX_SDE_GAP = 0.25
+"""Success of rollouts minus success of an evaluation of the same weights."""
+MAX_CLIP_FRACTION = 0.5
+
 
 def run(config: TrainConfig) -> dict[str, Any]:
     """Refine ``config.policy`` on ``config.suite``. Everything it writes is under ``config.output``.
@@ -44,6 +48,7 @@ def run(config: TrainConfig) -> dict[str, Any]:
         with Run.open(config, "train", total=config.iterations) as record:
             before = measure(actor, envs, config.eval, record, "before", env_steps=0)
             env_steps = 0
+            measured: float | None = before.success
 
             for iteration in range(config.iterations):
                 started = record.minutes()
@@ -77,6 +82,10 @@ def run(config: TrainConfig) -> dict[str, Any]:
                     "time/rollout_s": 60 * (collected - started),
                     "time/update_s": 60 * (record.minutes() - collected),
                 }
+                if measured is not None:
+                    # The rollout and the last evaluation had the same weights: the samplers alone differ.
+                    row["rollout/sde_gap"] = row["rollout/success"] - measured
+                    measured = None
                 row["speed/env_steps_per_s"] = row["rollout/env_steps"] / row["time/rollout_s"]
                 record.log(row)
                 record.progress.iteration(row)
@@ -90,6 +99,7 @@ def run(config: TrainConfig) -> dict[str, Any]:
                         trials=-(-config.eval.trials // 4),
                     )
                     record.evaluation(between, env_steps)
+                    measured = between.success
                 if (iteration + 1) % config.save_every == 0:
                     save_policy(policy, record.folder / "checkpoints" / f"iteration-{iteration + 1:04d}")
 
@@ -119,12 +129,13 @@ def run(config: TrainConfig) -> dict[str, Any]:
 def add_advantages(rollout: TensorDict, algo: AlgoConfig) -> None:
     """GAE over chunks; one advantage per decision, normalised over the whole iteration."""
     steps = rollout["next", "executed_steps"]
+    ended = rollout["next", "terminated" if algo.bootstrap_time_limit else "done"]
     per_step = algo.discount is Discount.per_step
     advantage, value_target = generalized_advantage_estimate(
         reward=rollout["next", "reward"],
         value=rollout["state_value"],
         next_value=rollout["next", "state_value"],
-        terminated=rollout["next", "terminated"],
+        terminated=ended,
         # Past an episode's end the rows are padding: they count as done, so nothing flows back from them.
         done=rollout["next", "done"] | ~rollout["valid"],
         discount=algo.gamma ** (steps if per_step else torch.ones_like(steps)),
@@ -150,11 +161,23 @@ def describe(rollout: TensorDict) -> dict[str, float]:
 def sound_alarms(record: Run, row: dict[str, Any], algo: AlgoConfig) -> None:
     """Say what a person would want to know before the run is over. Thresholds: docs/metrics.md."""
     iteration = row["iteration"]
+
+    def alarm(message: str) -> None:
+        record.alarm(f"iteration {iteration}", message)
+
+    gap = row.get("rollout/sde_gap", 0.0)
+    if abs(gap) > MAX_SDE_GAP:
+        alarm(
+            f"with the rollout's noise the same weights succeed {100 * gap:+.0f} points from their evaluation; "
+            f"what PPO improves is not what is measured. Change algo.noise_level (now {algo.noise_level:g})"
+        )
     if row["ppo/critic_only"]:
         if iteration >= algo.critic_only_iterations:
-            record.alarm(iteration, f"iteration {iteration}: too few successes or failures; trained the critic only")
+            alarm("too few successes or failures; trained the critic only")
         return
     if row["ppo/kl"] > 4 * algo.target_kl:
-        record.alarm(iteration, f"iteration {iteration}: KL {row['ppo/kl']:.3g} is over 4x algo.target_kl")
+        alarm(f"KL {row['ppo/kl']:.3g} is over 4x algo.target_kl")
+    if row["ppo/clip_fraction"] > MAX_CLIP_FRACTION:
+        alarm(f"{row['ppo/clip_fraction']:.0%} of the ratios are clipped; most of the update is cut off")
     if row["value/explained_variance"] < 0 and iteration >= 5:
-        record.alarm(iteration, f"iteration {iteration}: explained variance is negative; the critic misleads")
+        alarm("explained variance is negative; the critic misleads")

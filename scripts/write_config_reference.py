@@ -19,7 +19,7 @@ from typing import Any
 import yaml
 
 from rlvla.cli import VERBS
-from rlvla.config import SCHEMAS, _describe, config_dir, describe, group_choices
+from rlvla.compose import SCHEMAS, config_dir, describe_schema, group_choices
 from rlvla.policies.qwen_vla import QwenVLAConfig
 
 PAGE = Path(__file__).resolve().parent.parent / "docs" / "reference" / "config.md"
@@ -33,8 +33,8 @@ A verb takes `key=value` words in any order: `rlvla train policy=PATH algo.targe
 `rlvla sft`, `policy=NAME` choose a [YAML file](#yaml-files); every other key sets one value. `null` means none.
 `+suite.options.KEY=VALUE` adds an option that the chosen suite file does not set.
 
-`rlvla VERB --help` prints these tables for one verb. `rlvla VERB key=value --cfg` prints what a command resolves to,
-without running it: YAML files override the defaults below, and the command line overrides both. An unknown key, a
+`rlvla VERB key=value --help` prints a verb's options as the command sets them; `--cfg` prints the same as YAML. YAML
+files override the defaults below, and the command line overrides both. An unknown key, a
 wrong type and an impossible value are refused with exit status 2.
 
 A default of *required* has to be given. A folder named by `policy=` or `dataset=` is read, one named by `output=` is
@@ -61,7 +61,7 @@ def render() -> str:
     for verb, purpose in VERBS.items():
         schema = SCHEMAS[verb]
         chosen = dict(choice.split("=") for choice in _chosen(verb))
-        own = [row for row in describe(verb) if "." not in row[0]]
+        own = [row for row in describe_schema(schema) if "." not in row[0]]
         rows = [(key, chosen.get(key, default), meaning) for key, default, meaning in own]
         parts.append(f"## rlvla {verb}\n\n{_sentence(purpose)}\n\n{_table(schema, rows)}")
         blocks = _blocks(schema)
@@ -71,13 +71,13 @@ def render() -> str:
     for block, verbs in shared.items():
         schema = SCHEMAS[verbs[0]]
         nested = _blocks(schema)[block]
-        rows = [row for row in describe(verbs[0]) if row[0].startswith(f"{block}.")]
+        rows = [row for row in describe_schema(schema) if row[0].startswith(f"{block}.")]
         users = ", ".join(f"`rlvla {verb}`" for verb in verbs)
         parts.append(f"## {block}\n\n{_first_line(nested)} Used by {users}.\n\n{_table(schema, rows)}")
     parts.append(
         "## policy\n\nThe architecture that `rlvla sft` builds; the other verbs read it from the policy's folder. "
         "The names under `policy.vlm` are those of the Qwen3.5 configuration in transformers.\n\n"
-        + _table(QwenVLAConfig, _describe(QwenVLAConfig, "policy."), prefix="policy.")
+        + _table(QwenVLAConfig, describe_schema(QwenVLAConfig, "policy."), prefix="policy.")
     )
     parts.append(_yaml_files())
     return "\n".join(parts)

@@ -80,7 +80,7 @@ def make_policy() -> Callable[..., "QwenVLA"]:
     """
     import torch
 
-    from rlvla.config import compose
+    from rlvla.compose import compose
     from rlvla.policies.action_stats import ActionStats
     from rlvla.policies.processor import train_tokenizer
     from rlvla.policies.qwen_vla import QwenVLA, prompts_for_tokenizer

@@ -17,7 +17,6 @@ def flow_matching_loss(
     action: Chunk,
     noise: Chunk,
     mask: Bool[Tensor, "B H K"],
-    weight: Float[Tensor, " B"] | None = None,
 ) -> Float[Tensor, ""]:
     """Squared error of the velocity, averaged over valid steps first, over active channels second.
 
@@ -31,12 +30,8 @@ def flow_matching_loss(
         noise: Y_1.
         mask: True where an entry is neither padding nor past the end of its episode. A row with no valid
             entry counts 0.
-        weight: of each row in the mean over the batch; equal when absent.
     """
     error = (velocity - (noise - action)).square() * mask
     valid_steps = mask.sum(dim=1)
     per_channel = error.sum(dim=1) / valid_steps.clamp(min=1)
-    per_row = per_channel.sum(dim=1) / (valid_steps > 0).sum(dim=1).clamp(min=1)
-    if weight is None:
-        return per_row.mean()
-    return (per_row * weight).sum() / weight.sum()
+    return (per_channel.sum(dim=1) / (valid_steps > 0).sum(dim=1).clamp(min=1)).mean()

@@ -54,8 +54,41 @@ class EnvSpec:
     """H: actions the policy commits to at each decision."""
     max_episode_steps: int
     num_evaluation_states: int
+    tasks: tuple[str, ...] = ()
+    """Of a suite that mixes tasks: their names. Empty means ``task`` alone."""
+    evaluation_states_per_task: tuple[int, ...] = ()
+    """How many of the evaluation states belong to each of ``tasks``; they are numbered task after task."""
     deterministic: bool = True
     """Whether initial state and actions fix the episode bit for bit."""
+
+    def __post_init__(self) -> None:
+        if self.tasks and (
+            len(self.tasks) != len(self.evaluation_states_per_task)
+            or sum(self.evaluation_states_per_task) != self.num_evaluation_states
+        ):
+            raise ValueError(
+                f"{self.suite}: evaluation_states_per_task {self.evaluation_states_per_task} must be one number for "
+                f"each of {len(self.tasks)} tasks and sum to num_evaluation_states ({self.num_evaluation_states})."
+            )
+
+    def task_names(self) -> tuple[str, ...]:
+        return self.tasks or (self.task,)
+
+    def task_of(self, initial_state: int) -> int:
+        """Index into `task_names` of the task that an initial state belongs to.
+
+        Training states belong to task ``initial_state % number of tasks``.
+        """
+        if not self.tasks:
+            return 0
+        if initial_state >= FIRST_TRAINING_STATE:
+            return initial_state % len(self.tasks)
+        if not 0 <= initial_state < self.num_evaluation_states:
+            raise ValueError(
+                f"initial state {initial_state} of {self.suite} is neither an evaluation state "
+                f"(0 to {self.num_evaluation_states - 1}) nor a training state (from {FIRST_TRAINING_STATE})."
+            )
+        return int(np.searchsorted(np.cumsum(self.evaluation_states_per_task), initial_state, side="right"))
 
     @property
     def action_size(self) -> int:
@@ -85,6 +118,8 @@ class EnvSpec:
                 "action": tuple(ActionComponent(**c) for c in data["action"]),
                 "cameras": tuple(Camera(**c) for c in data["cameras"]),
                 "state_names": tuple(data["state_names"]),
+                "tasks": tuple(data.get("tasks", ())),
+                "evaluation_states_per_task": tuple(data.get("evaluation_states_per_task", ())),
             }
         )
 

@@ -4,6 +4,7 @@ Axes: B rows, S context tokens, D hidden size, H actions in a chunk, K action ch
 channels of the suite, V value features.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NamedTuple, Protocol
 
@@ -12,6 +13,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from tensordict import TensorDict
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from rlvla_envs.base import EnvSpec, Observation
 
@@ -51,6 +53,28 @@ class Context:
 CONTEXT_KEYS = ("tokens", "mask", "position_ids", "pooled", "state")
 
 
+def pad_tokens(data: Sequence[TensorDict]) -> list[TensorDict]:
+    """Contexts, or the batches they are made of, padded along their tokens to the longest, mask False."""
+    longest = max(part["mask"].shape[1] for part in data)
+    return [_pad_tokens(part, longest - part["mask"].shape[1]) for part in data]
+
+
+def _pad_tokens(data: TensorDict, extra: int) -> TensorDict:
+    if extra == 0:
+        return data
+    padded = data.copy()
+    for name, width in (
+        ("mask", (0, extra)),
+        ("input_ids", (0, extra)),
+        ("token_type", (0, extra)),
+        ("position_ids", (0, extra)),
+        ("tokens", (0, 0, 0, extra)),
+    ):
+        if name in padded:
+            padded[name] = F.pad(padded[name], width)
+    return padded
+
+
 class Decision(NamedTuple):
     """One sampled chunk per row, and what PPO needs to score it again."""
 
@@ -79,6 +103,11 @@ class FlowPolicy(Protocol):
 
     def collate(self, observation: Observation) -> TensorDict:
         """Images, prompt and state as tensors with batch size [B], on the CPU."""
+        ...
+
+    def context_length(self, instruction: str) -> int:
+        """Tokens of an instruction's context, padding included. Only rows of one length are sampled together:
+        beside a longer row a decision's last bits would be others."""
         ...
 
     def encode(self, batch: TensorDict) -> Context: ...

@@ -113,7 +113,7 @@ def _check_stats(stats: ActionStats, spec: EnvSpec, path: Path) -> None:
 def _read_config(path: Path) -> tuple[Any, EnvSpec]:
     from omegaconf import OmegaConf
 
-    from rlvla.config import policy_config_from_dict
+    from rlvla.compose import policy_config_from_dict
 
     try:
         data: Any = OmegaConf.to_container(OmegaConf.load(path))

@@ -21,6 +21,9 @@ from rlvla.policies.processor import patchify
 from rlvla.policies.prompt import embodiment_prompt
 from rlvla_envs.base import EnvSpec, Observation
 
+PAD_TO = 16
+"""Tokens that a context's length is rounded up to."""
+
 
 @dataclass(kw_only=True)
 class VLMConfig:
@@ -177,19 +180,9 @@ class QwenVLA(nn.Module):
         nn.init.normal_(visual.patch_embed.proj.weight, std=vlm.vision_patch_std)
 
     def collate(self, observation: Observation) -> TensorDict:
-        """Right-padded prompts, positions and images.
-
-        Raises:
-            ValueError: a prompt longer than the expert's table of context positions.
-        """
+        """Right-padded prompts, positions and images; raises as `context_length` does."""
         layouts = [self._layout(text) for text in observation.instruction]
-        length = max(len(ids) for ids, _, _ in layouts)
-        limit = self.config.expert.context_positions
-        if limit and length > limit:
-            raise ValueError(
-                f"the prompt and images take {length} tokens; policy.expert.context_positions allows {limit}. "
-                "Shorten the instruction or train with a larger table."
-            )
+        length = max(self.context_length(text) for text in observation.instruction)
         batch = len(observation)
         ids = torch.full((batch, length), self.tokenizer.pad_token_id)
         mask = torch.zeros((batch, length), dtype=torch.bool)
@@ -212,6 +205,22 @@ class QwenVLA(nn.Module):
             },
             batch_size=[batch],
         )
+
+    def context_length(self, instruction: str) -> int:
+        """A multiple of PAD_TO where the expert's table allows it, so that most instructions share a length.
+
+        Raises:
+            ValueError: a prompt longer than the expert's table of context positions.
+        """
+        length = len(self._layout(instruction)[0])
+        limit = self.config.expert.context_positions
+        if limit and length > limit:
+            raise ValueError(
+                f"the prompt and images take {length} tokens; policy.expert.context_positions allows {limit}. "
+                "Shorten the instruction or train with a larger table."
+            )
+        padded = -(-length // PAD_TO) * PAD_TO
+        return min(padded, limit) if limit else padded
 
     def encode(self, batch: TensorDict) -> Context:
         images = batch["images"]

@@ -411,7 +411,7 @@ def test_an_unknown_suite_is_refused_with_the_nearest() -> None:
 
 
 def test_every_suite_has_a_small_configuration_and_a_yaml() -> None:
-    from rlvla.config import compose, group_choices
+    from rlvla.compose import compose, group_choices
 
     composed = {compose("collect", [f"suite={name}"]).suite.name for name in group_choices("collect")["suite"]}
     assert set(SMALL) == set(SUITES) == composed

@@ -3,11 +3,14 @@
 import json
 import os
 import re
+import resource
 import subprocess
 import sys
 from pathlib import Path
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 from safetensors.torch import load_file, save_file
 
@@ -133,6 +136,51 @@ def test_a_machine_without_a_vulkan_device_is_told_what_to_install(tmp_path: Pat
     said = refusal(done, status=1)
     assert "mesa-vulkan-drivers" in said
     assert not (tmp_path / "data").exists()
+
+
+@pytest.mark.parametrize("verb", ["sft", "train"])
+def test_a_disk_that_takes_no_more_leaves_no_half_written_policy(
+    policy_folder: Path, tmp_path: Path, verb: str
+) -> None:
+    write_toy_dataset(tmp_path / "data")
+    what = {
+        "sft": ["policy=qwen_vla_toy", f"dataset={tmp_path / 'data'}", "steps=1"],
+        "train": [f"policy={policy_folder}", "workers.kind=local", "iterations=1", "episodes_per_iteration=4"],
+    }[verb]
+    little = [] if verb == "sft" else ["eval.trials=2", "eval.videos=0", "eval.shuffled_images=false"]
+    # A file can grow to 100 kB, then the kernel refuses: enough for a configuration, too little for weights.
+    command = [sys.executable, "-m", "rlvla.cli", verb, "suite=toy", f"output={tmp_path / 'out'}", *what, *little]
+    done = subprocess.run(
+        command,
+        capture_output=True,
+        text=True,
+        env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)},
+        timeout=300,
+        check=False,
+        preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000)),
+    )
+    said = refusal(done, status=1)
+    assert "cannot save the policy" in said
+    assert "Free some space" in said
+    left = {path.name for path in (tmp_path / "out").iterdir()}
+    assert "metrics.jsonl" in left
+    assert not {name for name in left if "policy" in name or "partial" in name}
+
+
+def test_nan_in_a_dataset_is_located(tmp_path: Path) -> None:
+    write_toy_dataset(tmp_path / "data")
+    file = next((tmp_path / "data" / "data").rglob("*.parquet"))
+    table = pq.read_table(file)
+    rows = table["action"].to_pylist()
+    rows[5][1] = float("nan")
+    column = pa.array(rows, type=table.schema.field("action").type)
+    pq.write_table(table.set_column(table.schema.get_field_index("action"), table.schema.field("action"), column), file)
+    said = refusal(
+        rlvla("sft", "suite=toy", "policy=qwen_vla_toy", f"dataset={tmp_path / 'data'}", f"output={tmp_path}/o")
+    )
+    assert "action" in said
+    assert "frame 5" in said
+    assert not (tmp_path / "o").exists()
 
 
 def test_debug_shows_the_traceback() -> None:

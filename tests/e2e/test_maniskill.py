@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from rlvla import collect, evaluate, sft
-from rlvla.config import compose
+from rlvla.compose import compose
 from rlvla.dataset_reader import load_dataset
 from rlvla.workers import open_envs
 

@@ -8,7 +8,7 @@ import torch
 
 from rlvla import collect, sft, train
 from rlvla.acting import Actor
-from rlvla.config import compose
+from rlvla.compose import compose
 from rlvla.evaluate import evaluate
 from rlvla.learner import InvariantError, Learner
 from rlvla.policies.base import ValueHead

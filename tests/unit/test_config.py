@@ -10,8 +10,17 @@ import pytest
 import yaml
 from omegaconf import OmegaConf
 
-from rlvla.config import (
+from rlvla.compose import (
     SCHEMAS,
+    compose,
+    config_dir,
+    describe,
+    describe_schema,
+    group_choices,
+    policy_config_from_dict,
+    to_yaml,
+)
+from rlvla.config import (
     AlgoConfig,
     ConfigError,
     EvaluateConfig,
@@ -19,12 +28,6 @@ from rlvla.config import (
     SFTConfig,
     TrainConfig,
     WorkerKind,
-    compose,
-    config_dir,
-    describe,
-    group_choices,
-    policy_config_from_dict,
-    to_yaml,
 )
 from rlvla.policies.qwen_vla import QwenVLAConfig
 from rlvla_envs.base import SuiteConfig
@@ -202,7 +205,6 @@ def test_a_wrong_type_is_refused_with_key_value_and_what_it_must_be(override: st
         ("train", "algo.value_lr=nan", "nan", "positive"),
         ("train", "algo.max_grad_norm=-1", "-1.0", "positive"),
         ("train", "algo.entropy_coef=0.01", "0.01", "Raise algo.noise_level to explore more"),
-        ("train", "temperature=0.6", "0.6", "1.0: PPO scores the draws it acted on"),
         ("train", "iterations=-1", "-1", "0 or more"),
         ("train", "episodes_per_iteration=0", "0", "at least 1"),
         ("train", "save_every=0", "0", "at least 1"),
@@ -294,18 +296,28 @@ def test_no_other_impossible_value_passes(verb: str, override: str) -> None:
 
 @pytest.mark.parametrize("verb", SCHEMAS)
 def test_help_has_every_field_with_a_sentence_or_an_obvious_name(verb: str) -> None:
-    described = {key: meaning for key, _, meaning in describe(verb)}
+    described = {key: meaning for key, _, meaning in describe_schema(SCHEMAS[verb])}
     assert set(described) == set(leaf_keys(SCHEMAS[verb]()))
     silent = {key for key, meaning in described.items() if not meaning and key.rsplit(".", 1)[-1] not in OBVIOUS}
     assert not silent
 
 
-def test_help_shows_defaults_and_what_is_required() -> None:
-    defaults = {key: default for key, default, _ in describe("train")}
-    assert defaults["policy"] == "required"
-    assert defaults["algo.clip_epsilon"] == "0.2"
-    assert defaults["algo.reduction"] == "elementwise"
-    assert defaults["workers.kind"] == "ray"
+def test_help_shows_what_a_command_would_run_with() -> None:
+    shown = {key: value for key, value, _ in describe("train", ["suite=pick_cube", "algo.gamma=0.5"])}
+    assert shown["policy"] == "required"
+    assert shown["algo.clip_epsilon"] == "0.2"
+    assert shown["algo.reduction"] == "elementwise"
+    assert shown["workers.kind"] == "ray"
+    # From the suite's YAML and from the command line, not from the dataclass.
+    assert shown["suite.task"] == "PickCube-v1"
+    assert shown["algo.gamma"] == "0.5"
+
+
+def test_help_of_sft_has_the_options_of_the_chosen_policy() -> None:
+    shown = {key: value for key, value, _ in describe("sft", ["policy=qwen_vla_4b"])}
+    assert "policy" not in shown
+    assert shown["policy.vlm.hidden_size"] == "2560"
+    assert shown["dataset"] == "required"
 
 
 def leaf_keys(config: Any, prefix: str = "") -> list[str]:
@@ -348,7 +360,7 @@ def assert_keys(data: dict[str, Any], schema: Any, where: str) -> None:
 def test_names_and_values_of_enumerations_are_one() -> None:
     # Hydra reads names, the code writes values: two spellings of one choice would both half work.
     for schema in (TrainConfig, SFTConfig):
-        for key, _, _ in describe(next(v for v, s in SCHEMAS.items() if s is schema)):
+        for key, _, _ in describe_schema(schema):
             value: Any = schema()
             for part in key.split("."):
                 value = getattr(value, part)

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 
 from rlvla.cli import VERBS
-from rlvla.config import compose
+from rlvla.compose import compose
 from rlvla_envs.base import FIRST_TRAINING_STATE, SuiteConfig, VecEnv
 
 ROOT = Path(__file__).resolve().parents[2]

@@ -4,8 +4,11 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from tensordict import TensorDict
 from torch import Tensor
 
+from rlvla.config import AlgoConfig
+from rlvla.train import add_advantages
 from rlvla_algos.gae import generalized_advantage_estimate
 
 
@@ -162,3 +165,24 @@ def test_padding_behind_the_end_leaves_the_episode_alone(seed: int, garbage: flo
     )
     for before, after in zip(alone, padded, strict=True):
         assert torch.equal(before, after[:, :5])
+
+
+@pytest.mark.parametrize(("bootstrap", "target"), [(True, [0.8, 0.8]), (False, [0.0, 0.0])])
+def test_what_lies_past_the_time_limit_counts_only_where_it_is_asked_for(bootstrap: bool, target: list[float]) -> None:
+    # Two decisions without a reward, cut off after the second, where the critic would have seen 0.8. Undiscounted.
+    rollout = TensorDict(
+        {
+            "state_value": torch.tensor([[0.5, 0.5]]),
+            "valid": torch.tensor([[True, True]]),
+            "next": {
+                "reward": torch.zeros(1, 2),
+                "state_value": torch.tensor([[0.5, 0.8]]),
+                "terminated": torch.tensor([[False, False]]),
+                "done": torch.tensor([[False, True]]),
+                "executed_steps": torch.tensor([[8, 8]]),
+            },
+        },
+        batch_size=[1, 2],
+    )
+    add_advantages(rollout, AlgoConfig(gamma=1.0, gae_lambda=1.0, bootstrap_time_limit=bootstrap))
+    torch.testing.assert_close(rollout["value_target"], torch.tensor([target]))

@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
 
-from rlvla.config import compose
+from rlvla.compose import compose
 from rlvla.policies.action_stats import ActionStats
 from rlvla.policies.base import ValueHead
 from rlvla.policies.expert import Expert, ExpertConfig, _rotate, flow_time_features

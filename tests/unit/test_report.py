@@ -218,8 +218,7 @@ def make_run(
             where = {"env_steps": rows[-1]["env_steps"], "minutes": rows[-1]["minutes"]}
             rows.append({"kind": "evaluation", "name": "iteration-0010", **where, "success": rate, "trials": 50})
     if finished > 3:
-        message = "iteration 3: KL 0.43 is over 4x algo.target_kl"
-        rows.append({"kind": "alarm", "iteration": 3, "message": message})
+        rows.append({"kind": "alarm", "where": "iteration 3", "message": "KL 0.43 is over 4x algo.target_kl"})
     if done is None:
         rate = write_evaluation(run, "after", after)
         last = {"env_steps": 10240 * iterations, "minutes": 5.4 + 1.05 * iterations}
@@ -374,7 +373,7 @@ def test_text_from_the_run_is_escaped(tmp_path: Path) -> None:
     write_json(run / "versions.json", {attack: attack})
     write_json(run / "evaluations" / "after.json", {"task": attack, "success": 0.5, "temperature": attack})
     with (run / "metrics.jsonl").open("a") as file:
-        file.write(json.dumps({"kind": "alarm", "iteration": attack, "message": attack}) + "\n")
+        file.write(json.dumps({"kind": "alarm", "where": attack, "message": attack}) + "\n")
     page = Page(source_of(run))
     assert len(page.attributes("script")) == 1
     assert "alert(1)" in page.text

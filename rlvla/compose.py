@@ -1,0 +1,226 @@
+"""From YAML and command-line words to a verb's validated configuration.
+
+Everything is checked at the door: an unknown key is an error that suggests the right one.
+"""
+
+import dataclasses
+import difflib
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from enum import Enum
+from pathlib import Path
+from typing import Any, cast
+
+from rlvla.config import MISSING, CollectConfig, ConfigError, EvaluateConfig, SFTConfig, TrainConfig
+from rlvla_envs.base import SuiteConfig
+
+SCHEMAS: dict[str, type] = {
+    "collect": CollectConfig,
+    "sft": SFTConfig,
+    "train": TrainConfig,
+    "eval": EvaluateConfig,
+}
+
+
+def compose(verb: str, overrides: Sequence[str]) -> Any:
+    """The validated configuration of a verb, as its dataclass.
+
+    Raises:
+        ConfigError: an unknown key or group, a wrong type, a missing or an impossible value.
+    """
+    from omegaconf import OmegaConf
+
+    with _config_errors():
+        composed = _merge(verb, overrides)
+        absent = sorted(OmegaConf.missing_keys(composed))
+        if absent:
+            raise ConfigError(f"{', '.join(absent)} must be given: `rlvla {verb} {absent[0]}=PATH`. See --help.")
+        return OmegaConf.to_object(composed)
+
+
+def to_yaml(config: Any) -> str:
+    """A resolved configuration as YAML."""
+    from omegaconf import OmegaConf
+
+    return OmegaConf.to_yaml(OmegaConf.structured(config))
+
+
+def policy_config_from_dict(data: dict[str, Any]) -> Any:
+    """The typed configuration of a policy from a folder's config.yaml.
+
+    Raises:
+        ConfigError: unknown keys or wrong types.
+    """
+    from omegaconf import OmegaConf
+
+    from rlvla.policies.qwen_vla import QwenVLAConfig
+
+    with _config_errors():
+        return OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(QwenVLAConfig), data))
+
+
+def describe(verb: str, overrides: Sequence[str] = ()) -> list[tuple[str, str, str]]:
+    """(key, value, meaning) of every option of a verb, as YAML and ``overrides`` set it; for --help.
+
+    Raises:
+        ConfigError: as `compose`, but for what must be given, whose value is "required".
+    """
+    from omegaconf import OmegaConf
+
+    with _config_errors():
+        composed = _merge(verb, overrides)
+    rows = list(describe_schema(SCHEMAS[verb]))
+    policy = OmegaConf.get_type(composed, "policy") if "policy" in composed else None
+    if dataclasses.is_dataclass(policy):
+        rows = [row for row in rows if row[0] != "policy"] + list(describe_schema(cast(type, policy), "policy."))
+    absent = OmegaConf.missing_keys(composed)
+    return [
+        (key, "required" if key in absent else _shown(OmegaConf.select(composed, key)), meaning)
+        for key, _, meaning in rows
+    ]
+
+
+def describe_schema(schema: type, prefix: str = "") -> Iterator[tuple[str, str, str]]:
+    """(key, default, meaning) of every field of a configuration dataclass, nested ones with dotted keys."""
+    docs = _field_docs(schema)
+    for f in dataclasses.fields(schema):
+        nested = f.type if isinstance(f.type, type) and dataclasses.is_dataclass(f.type) else None
+        if nested is not None:
+            yield from describe_schema(cast(type, nested), f"{prefix}{f.name}.")
+            continue
+        default = f.default_factory() if f.default_factory is not dataclasses.MISSING else f.default
+        required = default in (MISSING, dataclasses.MISSING)
+        yield f"{prefix}{f.name}", "required" if required else _shown(default), docs.get(f.name, "")
+
+
+def group_choices(verb: str) -> dict[str, list[str]]:
+    """The YAML files that each configuration group of a verb offers."""
+    groups = ("suite", "policy") if verb == "sft" else ("suite",)
+    return {group: sorted(f.stem for f in (config_dir() / group).glob("*.yaml")) for group in groups}
+
+
+def config_dir() -> Path:
+    """configs/ of the checkout, or the copy inside an installed wheel."""
+    here = Path(__file__).resolve().parent
+    for candidate in (here / "configs", here.parent / "configs"):
+        if candidate.is_dir():
+            return candidate
+    raise ConfigError(f"no configs folder beside {here}; reinstall rlvla.")
+
+
+def _merge(verb: str, overrides: Sequence[str]) -> Any:
+    """Dataclasses, YAML and overrides in one OmegaConf tree, not yet checked for what is missing."""
+    from hydra import compose as hydra_compose
+    from hydra import initialize_config_dir
+    from hydra.core.global_hydra import GlobalHydra
+
+    if verb not in SCHEMAS:
+        raise ConfigError(f"{verb!r} is not a verb; verbs: {', '.join(SCHEMAS)}.")
+    _register_schemas()
+    _check_keys(verb, overrides)
+    GlobalHydra.instance().clear()
+    # To Hydra `policy=` names a file under configs/policy, which is right for sft alone; the other verbs
+    # mean a folder on disk.
+    is_folder = [verb != "sft" and o.startswith("policy=") for o in overrides]
+    with initialize_config_dir(str(config_dir()), version_base="1.3"):
+        composed = hydra_compose(
+            verb, overrides=[o for o, folder in zip(overrides, is_folder, strict=True) if not folder]
+        )
+    for override, folder in zip(overrides, is_folder, strict=True):
+        if folder:
+            composed.policy = override.removeprefix("policy=")
+    return composed
+
+
+@contextmanager
+def _config_errors() -> Iterator[None]:
+    """Hydra's and OmegaConf's errors as ours, without their internals."""
+    from hydra.errors import HydraException
+    from omegaconf.errors import OmegaConfBaseException
+
+    try:
+        yield
+    except (HydraException, OmegaConfBaseException) as error:
+        raise ConfigError(_first_lines(error)) from error
+
+
+def _register_schemas() -> None:
+    from hydra.core.config_store import ConfigStore
+
+    from rlvla.policies.qwen_vla import QwenVLAConfig
+
+    store = ConfigStore.instance()
+    for verb, schema in SCHEMAS.items():
+        store.store(name=f"{verb}_schema", node=schema)
+    store.store(group="suite", name="base_suite", node=SuiteConfig)
+    store.store(group="policy", name="base_qwen_vla", node=QwenVLAConfig)
+
+
+def _check_keys(verb: str, overrides: Sequence[str]) -> None:
+    """Refuse what Hydra would accept and ignore (`+new=1`), and suggest the nearest key for what it refuses."""
+    known = {key for key, _, _ in describe_schema(SCHEMAS[verb], "")}
+    if verb == "sft":
+        from rlvla.policies.qwen_vla import QwenVLAConfig
+
+        known |= {key for key, _, _ in describe_schema(QwenVLAConfig, "policy.")}
+    known |= {"suite", "policy"} if verb == "sft" else {"suite"}
+    choices = group_choices(verb)
+    for override in overrides:
+        key, equals, value = override.partition("=")
+        if not equals:
+            raise ConfigError(f"{override!r} is not of the form key=value. See `rlvla {verb} --help`.")
+        key = key.lstrip("+~").split("@")[0]
+        if key in choices and value not in choices[key]:
+            close = difflib.get_close_matches(value, choices[key], n=1)
+            hint = f" Did you mean {close[0]!r}?" if close else ""
+            raise ConfigError(f"{key} is {value!r}; choose one of {', '.join(choices[key])}.{hint}")
+        if key in known or key.startswith("suite.options."):
+            continue
+        raise ConfigError(f"{key!r} is not an option of `rlvla {verb}`.{_suggest(key, known)}")
+
+
+def _suggest(key: str, known: set[str]) -> str:
+    close = difflib.get_close_matches(key, known, n=1, cutoff=0.6)
+    if not close:
+        # "epochs" for "algo.epochs": the last part alone may be right.
+        tails = {k.rsplit(".", 1)[-1]: k for k in sorted(known)}
+        close = [tails[t] for t in difflib.get_close_matches(key.rsplit(".", 1)[-1], tails, n=1, cutoff=0.75)]
+    return f" Did you mean {close[0]!r}?" if close else " See --help for all of them."
+
+
+def _shown(value: Any) -> str:
+    return str(value.value if isinstance(value, Enum) else value)
+
+
+def _field_docs(schema: type) -> dict[str, str]:
+    """The sentence under each field of a dataclass, read from its source."""
+    import ast
+    import inspect
+    import textwrap
+
+    body = ast.parse(textwrap.dedent(inspect.getsource(schema))).body[0]
+    assert isinstance(body, ast.ClassDef)
+    docs: dict[str, str] = {}
+    for statement, following in zip(body.body, body.body[1:], strict=False):
+        if (
+            isinstance(statement, ast.AnnAssign)
+            and isinstance(statement.target, ast.Name)
+            and isinstance(following, ast.Expr)
+            and isinstance(following.value, ast.Constant)
+        ):
+            docs[statement.target.id] = " ".join(str(following.value.value).split())
+    return docs
+
+
+def _first_lines(error: Exception) -> str:
+    """Hydra wraps OmegaConf's message and goes on with its internals; keep what says what is wrong."""
+    wrapped = error.__cause__ or error.__context__
+    text = str(error)
+    if wrapped is not None and "Error merging" in text:
+        text = f"{text.splitlines()[0]}: {wrapped}"
+    internals = ("full_key", "object_type", "reference_type")
+    message = " ".join(
+        line.strip() for line in text.splitlines() if line.strip() and not line.strip().startswith(internals)
+    )
+    key = getattr(error, "full_key", None)
+    return f"{key}: {message}" if key and str(key).rsplit(".", 1)[-1] not in message else message
