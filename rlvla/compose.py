@@ -21,6 +21,9 @@ SCHEMAS: dict[str, type] = {
     "eval": EvaluateConfig,
 }
 
+OPEN_KEYS = ("suite.options.", "task_weights.")
+"""Mappings whose keys the suite checks."""
+
 
 def compose(verb: str, overrides: Sequence[str]) -> Any:
     """The validated configuration of a verb, as its dataclass.
@@ -174,7 +177,7 @@ def _check_keys(verb: str, overrides: Sequence[str]) -> None:
             close = difflib.get_close_matches(value, choices[key], n=1)
             hint = f" Did you mean {close[0]!r}?" if close else ""
             raise ConfigError(f"{key} is {value!r}; choose one of {', '.join(choices[key])}.{hint}")
-        if key in known or key.startswith("suite.options."):
+        if key in known or key.startswith(OPEN_KEYS):
             continue
         raise ConfigError(f"{key!r} is not an option of `rlvla {verb}`.{_suggest(key, known)}")
 

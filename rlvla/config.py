@@ -40,6 +40,13 @@ class FlowTime(Enum):
     uniform = "uniform"
 
 
+class TaskMix(Enum):
+    """How many of an iteration's episodes each task of a suite gets."""
+
+    uniform = "uniform"
+    difficulty = "difficulty"
+
+
 class WorkerKind(Enum):
     ray = "ray"
     local = "local"
@@ -96,6 +103,9 @@ class AlgoConfig:
     target_kl: float = 0.1
     """Exact KL per iteration, in nats per chunk, that the learning rate is steered to and that ends the
     epochs at `kl_stop_factor` times itself. 0.05 to 0.3."""
+    final_target_kl: float | None = None
+    """What target_kl has fallen to, linearly, in the last iteration; null keeps it. Large steps find the way, small
+    ones end the wander about the optimum that gradient noise causes."""
     kl_stop_factor: float = 2.0
     """An epoch whose mean KL passes target_kl times this is the last one of its iteration."""
     lr_schedule: LRSchedule = LRSchedule.kl
@@ -140,6 +150,12 @@ class AlgoConfig:
         _require(self.minibatch_size >= 2, "algo.minibatch_size", self.minibatch_size, "at least 2")
         _require(self.target_kl > 0, "algo.target_kl", self.target_kl, "positive. Typical: 0.05 to 0.3")
         _require(
+            self.final_target_kl is None or 0 < self.final_target_kl <= self.target_kl,
+            "algo.final_target_kl",
+            self.final_target_kl,
+            f"in (0, algo.target_kl] (now {self.target_kl:g}), or null",
+        )
+        _require(
             self.value_clip is None or self.value_clip > 0,
             "algo.value_clip",
             self.value_clip,
@@ -177,7 +193,10 @@ class EvalConfig:
     """How success is measured. Everything here is part of the result file."""
 
     trials: int = 200
-    """Enumerated, held-back initial states, each visited once. 200 tells 15 points apart; 25 points need 60."""
+    """Enumerated, held-back initial states of each task, as far as it has so many. 200 tells 15 points apart; 25
+    points need 60."""
+    noise_seeds: int = 1
+    """How often each of those states is visited, with other policy noise each time: for suites with few states."""
     temperature: float = 0.6
     """Factor on the initial noise of the ODE sampler. It alone moves success by ten points, so before and
     after are always measured at the same one."""
@@ -192,6 +211,7 @@ class EvalConfig:
 
     def __post_init__(self) -> None:
         _require(self.trials >= 1, "eval.trials", self.trials, "at least 1; 200 for a claim")
+        _require(self.noise_seeds >= 1, "eval.noise_seeds", self.noise_seeds, "at least 1")
         _require(self.temperature >= 0, "eval.temperature", self.temperature, "0 or more. Usual: 0.6 or 1.0")
         _require(self.videos >= 0, "eval.videos", self.videos, "0 or more")
         _require(self.every >= 0, "eval.every", self.every, "0 (never) or more")
@@ -216,6 +236,11 @@ class TrainConfig:
     """PPO iterations: collect whole episodes, update."""
     episodes_per_iteration: int = 256
     """Whole episodes collected each iteration. Fewer, more frequent iterations were worse at equal steps."""
+    task_mix: TaskMix = TaskMix.uniform
+    """uniform: all tasks of a suite alike. difficulty: in proportion to 1 - success of the last evaluation, at least
+    0.1, as in the paper."""
+    task_weights: dict[str, float] = field(default_factory=dict)
+    """Weight of each task by name, instead of task_mix; tasks left out are not trained on."""
     inference_batch: int = 16
     """Rows the policy is run on at once while acting; padded, so that a row's result never depends on how
     many others there are."""
@@ -232,7 +257,8 @@ class TrainConfig:
             "at least 1",
         )
         _require(self.save_every >= 1, "save_every", self.save_every, "at least 1")
-        _check_trials(self.eval, self.suite)
+        for name, weight in self.task_weights.items():
+            _require(0 <= weight < math.inf, f"task_weights.{name}", weight, "0 or more and finite")
 
 
 @dataclass(kw_only=True)
@@ -252,7 +278,6 @@ class EvaluateConfig:
 
     def __post_init__(self) -> None:
         _check_common(self)
-        _check_trials(self.eval, self.suite)
 
 
 @dataclass(kw_only=True)
@@ -356,12 +381,3 @@ def _check_common(config: Any) -> None:
     _require(valid, "device", device, "auto, cpu, cuda or cuda:N")
     if hasattr(config, "inference_batch"):
         _require(config.inference_batch >= 1, "inference_batch", config.inference_batch, "at least 1")
-
-
-def _check_trials(evaluation: EvalConfig, suite: SuiteConfig) -> None:
-    _require(
-        evaluation.trials <= suite.num_evaluation_states,
-        "eval.trials",
-        evaluation.trials,
-        f"at most suite.num_evaluation_states ({suite.num_evaluation_states}), each state is visited once",
-    )

@@ -1,5 +1,6 @@
 """`rlvla eval`: success on enumerated, held-back initial states, each visited once."""
 
+import dataclasses
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,7 +17,7 @@ from rlvla.run import Run, pick_device, require_fresh
 from rlvla.seeding import Stream, keyed_rng
 from rlvla.workers import Envs, Round, open_envs
 from rlvla_algos.statistics import mcnemar_exact, paired_difference_interval, wilson_interval
-from rlvla_envs.base import Observation, require_match
+from rlvla_envs.base import EnvSpec, Observation, require_match
 
 Frames = dict[tuple[int, int], Observation]
 """What each episode saw at each decision, by (row of the evaluation, decision)."""
@@ -43,7 +44,31 @@ class Evaluation:
     outcomes: list[int]
     """1 where the episode from the initial state of the same index succeeded."""
     initial_states: list[int]
+    """Every state once for each noise seed: all of them with the first, then all with the second."""
     executed_steps: list[int]
+    noise_seeds: int
+    task_index: list[int]
+    """Of each episode, into the keys of ``by_task``."""
+    by_task: dict[str, dict[str, Any]]
+    """trials, successes, success and interval of each task; one entry where the suite has one task."""
+
+    def first_noise_seed(self) -> "Evaluation":
+        """The part of the measurement that used the first noise seed."""
+        trials = self.trials // self.noise_seeds
+        total = sum(self.outcomes[:trials])
+        return dataclasses.replace(
+            self,
+            noise_seeds=1,
+            trials=trials,
+            successes=total,
+            success=total / trials,
+            interval=wilson_interval(total, trials),
+            outcomes=self.outcomes[:trials],
+            initial_states=self.initial_states[:trials],
+            executed_steps=self.executed_steps[:trials],
+            task_index=self.task_index[:trials],
+            by_task=_by_task(tuple(self.by_task), self.task_index[:trials], self.outcomes[:trials]),
+        )
 
 
 def evaluate(
@@ -52,11 +77,10 @@ def evaluate(
     config: EvalConfig,
     *,
     name: str,
-    trials: int | None = None,
     shown: Frames | None = None,
     on_episodes: Callable[[int], None] = lambda _: None,
 ) -> tuple[Evaluation, Frames]:
-    """Integrate the ODE from keyed noise on the first ``trials`` held-back states.
+    """Integrate the ODE from keyed noise on the held-back states of each task.
 
     The result depends on weights, states and settings alone: not on the number of environments or actors.
 
@@ -65,9 +89,12 @@ def evaluate(
             next episode saw at the same decision: the shuffled-image probe.
 
     Returns:
-        The measurement, and the frames every episode saw.
+        The measurement, and the frames every episode saw with the first noise seed.
     """
-    states = list(range(trials or config.trials))
+    spec = envs.spec
+    enumerated = evaluation_states(spec, config.trials)
+    states = enumerated * config.noise_seeds
+    tasks = [spec.task_of(state) for state in states]
     success = np.zeros(len(states), dtype=np.int64)
     steps = np.zeros(len(states), dtype=np.int64)
     seen: Frames = {}
@@ -75,11 +102,13 @@ def evaluate(
 
     def decide(observation: Observation, episode: np.ndarray, decision: np.ndarray) -> np.ndarray:
         for i, (e, t) in enumerate(zip(episode, decision, strict=True)):
-            seen[int(e), int(t)] = observation.row(i)
+            if e < len(enumerated):
+                seen[int(e), int(t)] = observation.row(i)
         if shown is not None:
             observation = _swap_images(observation, shown, episode, decision, len(states))
         rngs = [
-            keyed_rng(config.seed, Stream.EVALUATION, states[e], int(t)) for e, t in zip(episode, decision, strict=True)
+            keyed_rng(config.seed + e // len(enumerated), Stream.EVALUATION, states[e], int(t))
+            for e, t in zip(episode.tolist(), decision, strict=True)
         ]
         return actor.decide(observation, rngs, temperature=config.temperature).decision.action
 
@@ -89,7 +118,6 @@ def evaluate(
         ended += int(turn.result.done.sum())
         on_episodes(ended)
     total = int(success.sum())
-    spec = envs.spec
     measured = Evaluation(
         name=name,
         suite=spec.suite,
@@ -106,32 +134,55 @@ def evaluate(
         outcomes=success.tolist(),
         initial_states=states,
         executed_steps=steps.tolist(),
+        noise_seeds=config.noise_seeds,
+        task_index=tasks,
+        by_task=_by_task(spec.task_names(), tasks, success.tolist()),
     )
     return measured, seen
 
 
+def evaluation_states(spec: EnvSpec, trials: int) -> list[int]:
+    """The first ``trials`` enumerated states of each task, or all it has."""
+    counts = spec.evaluation_states_per_task or (spec.num_evaluation_states,)
+    starts = np.cumsum([0, *counts[:-1]]).tolist()
+    return [start + i for start, count in zip(starts, counts, strict=True) for i in range(min(trials, count))]
+
+
+def _by_task(names: tuple[str, ...], task_index: list[int], outcomes: list[int]) -> dict[str, dict[str, Any]]:
+    table: dict[str, dict[str, Any]] = {}
+    for task, name in enumerate(names):
+        of_task = [outcome for index, outcome in zip(task_index, outcomes, strict=True) if index == task]
+        total, trials = sum(of_task), len(of_task)
+        rate = {"trials": trials, "successes": total, "success": total / trials}
+        table[name] = {**rate, "interval": list(wilson_interval(total, trials))}
+    return table
+
+
 def measure(actor: Actor, envs: Envs, config: EvalConfig, record: Run, name: str, *, env_steps: int = 0) -> Evaluation:
     """Success on all held-back states, the shuffled-image probe and the filmed episodes, all written to the run."""
-    passes, done = 1 + config.shuffled_images, 0
+    states = len(evaluation_states(envs.spec, config.trials))
+    once = dataclasses.replace(config, noise_seeds=1)
+    total, done = states * (config.noise_seeds + config.shuffled_images), 0
 
     def show(n: int) -> None:
-        record.progress.bar(f"evaluation {name}", done + n, passes * config.trials)
+        record.progress.bar(f"evaluation {name}", done + n, total)
 
     own, frames = evaluate(actor, envs, config, name=name, on_episodes=show)
     record.evaluation(own, env_steps)
     if config.shuffled_images:
-        done = config.trials
-        blind, _ = evaluate(actor, envs, config, name=f"{name}-shuffled", shown=frames, on_episodes=show)
+        done = states * config.noise_seeds
+        blind, _ = evaluate(actor, envs, once, name=f"{name}-shuffled", shown=frames, on_episodes=show)
         record.evaluation(blind, env_steps)
-        difference = compare(blind, own)
+        sighted = own.first_noise_seed()
+        difference = compare(blind, sighted)
         record.update_json(
             "probe.json",
-            {name: {"own": own.success, "shuffled": blind.success, "p_value": difference["p_value"]}},
+            {name: {"own": sighted.success, "shuffled": blind.success, "p_value": difference["p_value"]}},
         )
-        if difference["p_value"] > 0.05 or own.success <= blind.success:
+        if difference["p_value"] > 0.05 or sighted.success <= blind.success:
             record.alarm(
                 f"evaluation {name}",
-                f"the policy may be blind: success {own.success:.2f} with its own images, "
+                f"the policy may be blind: success {sighted.success:.2f} with its own images, "
                 f"{blind.success:.2f} with another environment's (p = {difference['p_value']:.2g})",
             )
     videos = film(actor, envs, config, record.folder / "videos", name)
@@ -146,20 +197,32 @@ def compare(before: Evaluation, after: Evaluation) -> dict[str, Any]:
     Raises:
         ValueError: the two were not measured alike.
     """
-    for setting in ("task", "temperature", "sampler", "seed", "max_episode_steps", "initial_states"):
+    for setting in ("task", "temperature", "sampler", "seed", "noise_seeds", "max_episode_steps", "initial_states"):
         a, b = getattr(before, setting), getattr(after, setting)
         if a != b:
             raise ValueError(f"cannot compare {before.name} and {after.name}: {setting} is {a} and {b}.")
-    first, second = [bool(x) for x in before.outcomes], [bool(x) for x in after.outcomes]
+    whole = _compare(before.outcomes, after.outcomes)
+    if len(before.by_task) == 1:
+        return whole
+    by_task = {}
+    for task, name in enumerate(before.by_task):
+        mine = [i for i, index in enumerate(before.task_index) if index == task]
+        by_task[name] = _compare([before.outcomes[i] for i in mine], [after.outcomes[i] for i in mine])
+    return whole | {"by_task": by_task}
+
+
+def _compare(before: list[int], after: list[int]) -> dict[str, Any]:
+    first, second = [bool(x) for x in before], [bool(x) for x in after]
+    share = [sum(outcomes) / len(outcomes) for outcomes in (first, second)]
     return {
-        "before": before.success,
-        "after": after.success,
-        "trials": before.trials,
+        "before": share[0],
+        "after": share[1],
+        "trials": len(first),
         "gained": sum(b and not a for a, b in zip(first, second, strict=True)),
         "lost": sum(a and not b for a, b in zip(first, second, strict=True)),
         "kept": sum(a and b for a, b in zip(first, second, strict=True)),
         "p_value": mcnemar_exact(first, second),
-        "difference": after.success - before.success,
+        "difference": share[1] - share[0],
         "interval": list(paired_difference_interval(first, second)),
     }
 

@@ -66,6 +66,13 @@ class Learner:
     def policy_lr(self) -> float:
         return float(self._policy_optimizer.param_groups[0]["lr"])
 
+    def target_kl(self, iteration: int) -> float:
+        """Linear from ``target_kl`` in the first iteration to ``final_target_kl`` in the last."""
+        first, last = self.config.target_kl, self.config.final_target_kl
+        if last is None:
+            return first
+        return first + (last - first) * min(1.0, iteration / max(1, self.total_iterations - 1))
+
     def update(self, rollout: TensorDict, iteration: int) -> dict[str, float]:
         """One PPO update on a rollout that has ``advantage`` and ``value_target``.
 
@@ -81,7 +88,7 @@ class Learner:
         metrics = self._critic_epochs(data, iteration) if reason else self._ppo_epochs(data, iteration)
         kl, per_step = self._measure_kl(data) if not reason else (0.0, {})
         if not reason:
-            self._steer(kl)
+            self._steer(kl, self.target_kl(iteration))
         valid = rollout["valid"]
         return {
             **metrics,
@@ -91,6 +98,7 @@ class Learner:
             "value/explained_variance": explained_variance(
                 rollout["state_value"][valid], rollout["value_target"][valid]
             ),
+            "ppo/target_kl": self.target_kl(iteration),
             "optim/policy_lr": self.policy_lr,
         }
 
@@ -158,7 +166,7 @@ class Learner:
                     ("optim/grad_norm", norm),
                 ):
                     sums[name] = sums.get(name, 0.0) + float(value)
-            if epoch_kl / len(batches) > config.kl_stop_factor * config.target_kl:
+            if epoch_kl / len(batches) > config.kl_stop_factor * self.target_kl(iteration):
                 break
         return {
             **{name: total / num_batches for name, total in sums.items()},
@@ -256,11 +264,10 @@ class Learner:
         for group in self._policy_optimizer.param_groups:
             group["lr"] = group["initial_lr"] * scale
 
-    def _steer(self, kl: float) -> None:
+    def _steer(self, kl: float, target: float) -> None:
         """Move the learning rate towards the KL target; a rate that suits iteration 1 collapses iteration 30."""
         if self.config.lr_schedule is not LRSchedule.kl:
             return
-        target = self.config.target_kl
         if kl > KL_STEER * target:
             self._lr_scale /= KL_STEER
         elif kl < target / KL_STEER:

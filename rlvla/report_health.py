@@ -36,9 +36,8 @@ class Panel:
 
 KL = Panel(
     "KL per chunk, nats",
-    {"ppo/kl": "KL"},
+    {"ppo/kl": "KL", "ppo/target_kl": "target"},
     "near the target. Far above it, the policy moved further than its data supports.",
-    {"algo.target_kl": "target"},
 )
 
 CLIP_FRACTION = Panel(

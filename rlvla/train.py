@@ -1,5 +1,7 @@
 """`rlvla train`: PPO on a flow-matching policy. Collect whole episodes, estimate advantages, update, repeat."""
 
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -8,19 +10,20 @@ from tensordict import TensorDict
 
 from rlvla.acting import Actor
 from rlvla.config import AlgoConfig, Discount, TrainConfig
-from rlvla.evaluate import compare, evaluate, measure
+from rlvla.evaluate import Evaluation, compare, evaluate, measure
 from rlvla.learner import Learner
+from rlvla.mixing import check_weights, task_weights, training_states
 from rlvla.policies.base import ValueHead
 from rlvla.policies.folder import load_policy, save_policy
 from rlvla.report import write_report
 from rlvla.rollout import collect
 from rlvla.run import Run, pick_device, require_fresh
-from rlvla.seeding import Stream, seed_torch, training_state
+from rlvla.seeding import seed_torch
 from rlvla.workers import open_envs
 from rlvla_algos.flow import flow_sde_schedule
 from rlvla_algos.gae import generalized_advantage_estimate
 from rlvla_algos.ppo import normalize_advantage
-from rlvla_envs.base import require_match
+from rlvla_envs.base import EnvSpec, require_match
 
 MAX_SDE_GAP = 0.25
 """Success of rollouts minus success of an evaluation of the same weights."""
@@ -45,17 +48,19 @@ def run(config: TrainConfig) -> dict[str, Any]:
     envs = open_envs(config.suite, config.workers)
     try:
         require_match(policy.env_spec, envs.spec)
+        check_weights(config, envs.spec)
         with Run.open(config, "train", total=config.iterations) as record:
             before = measure(actor, envs, config.eval, record, "before", env_steps=0)
             env_steps = 0
-            measured: float | None = before.success
+            measured: Evaluation | None = before
+            difficulty = {name: rate["success"] for name, rate in before.by_task.items()}
 
             for iteration in range(config.iterations):
                 started = record.minutes()
-                states = [
-                    training_state(config.seed, Stream.ROLLOUT, iteration, episode)
-                    for episode in range(config.episodes_per_iteration)
-                ]
+                weights = task_weights(config, envs.spec.task_names(), difficulty)
+                states = training_states(
+                    envs.spec, weights, config.episodes_per_iteration, seed=config.seed, iteration=iteration
+                )
                 rollout = collect(
                     actor,
                     value_head,
@@ -78,28 +83,24 @@ def run(config: TrainConfig) -> dict[str, Any]:
                     "env_steps": env_steps,
                     "minutes": record.minutes(),
                     **describe(rollout),
+                    **describe_tasks(rollout, states, envs.spec),
                     **updated,
                     "time/rollout_s": 60 * (collected - started),
                     "time/update_s": 60 * (record.minutes() - collected),
                 }
                 if measured is not None:
                     # The rollout and the last evaluation had the same weights: the samplers alone differ.
-                    row["rollout/sde_gap"] = row["rollout/success"] - measured
+                    row["rollout/sde_gap"] = sde_gap(row, measured)
                     measured = None
                 row["speed/env_steps_per_s"] = row["rollout/env_steps"] / row["time/rollout_s"]
                 record.log(row)
                 record.progress.iteration(row)
                 sound_alarms(record, row, config.algo)
                 if config.eval.every and (iteration + 1) % config.eval.every == 0:
-                    between, _ = evaluate(
-                        actor,
-                        envs,
-                        config.eval,
-                        name=f"iteration-{iteration + 1:04d}",
-                        trials=-(-config.eval.trials // 4),
-                    )
-                    record.evaluation(between, env_steps)
-                    measured = between.success
+                    quarter = replace(config.eval, trials=-(-config.eval.trials // 4), noise_seeds=1)
+                    measured, _ = evaluate(actor, envs, quarter, name=f"iteration-{iteration + 1:04d}")
+                    record.evaluation(measured, env_steps)
+                    difficulty = {name: rate["success"] for name, rate in measured.by_task.items()}
                 if (iteration + 1) % config.save_every == 0:
                     save_policy(policy, record.folder / "checkpoints" / f"iteration-{iteration + 1:04d}")
 
@@ -114,6 +115,7 @@ def run(config: TrainConfig) -> dict[str, Any]:
                 "success_after": after.success,
                 "trials": before.trials,
                 "p_value": comparison["p_value"],
+                **({"by_task": comparison["by_task"]} if "by_task" in comparison else {}),
                 "env_steps": env_steps,
                 "minutes": round(record.minutes(), 2),
                 "report": str(record.folder / "report.html"),
@@ -158,6 +160,30 @@ def describe(rollout: TensorDict) -> dict[str, float]:
     }
 
 
+def describe_tasks(rollout: TensorDict, states: Sequence[int], spec: EnvSpec) -> dict[str, float]:
+    """Success and episodes of each task, where a suite mixes several."""
+    if len(spec.task_names()) == 1:
+        return {}
+    success = rollout["next", "success"].any(dim=1).cpu()
+    task = torch.tensor([spec.task_of(state) for state in states])
+    row: dict[str, float] = {}
+    for i, name in enumerate(spec.task_names()):
+        row[f"rollout/episodes/{name}"] = int((task == i).sum())
+        if bool((task == i).any()):
+            row[f"rollout/success/{name}"] = float(success[task == i].float().mean())
+    return row
+
+
+def sde_gap(row: Mapping[str, Any], evaluation: Evaluation) -> float:
+    """Success of the rollout minus that of the evaluation, averaged over the tasks that both have."""
+    gaps = [
+        row.get(f"rollout/success/{name}", row["rollout/success"]) - rate["success"]
+        for name, rate in evaluation.by_task.items()
+        if len(evaluation.by_task) == 1 or f"rollout/success/{name}" in row
+    ]
+    return float(sum(gaps) / len(gaps))
+
+
 def sound_alarms(record: Run, row: dict[str, Any], algo: AlgoConfig) -> None:
     """Say what a person would want to know before the run is over. Thresholds: docs/metrics.md."""
     iteration = row["iteration"]
@@ -175,8 +201,8 @@ def sound_alarms(record: Run, row: dict[str, Any], algo: AlgoConfig) -> None:
         if iteration >= algo.critic_only_iterations:
             alarm("too few successes or failures; trained the critic only")
         return
-    if row["ppo/kl"] > 4 * algo.target_kl:
-        alarm(f"KL {row['ppo/kl']:.3g} is over 4x algo.target_kl")
+    if row["ppo/kl"] > 4 * row["ppo/target_kl"]:
+        alarm(f"KL {row['ppo/kl']:.3g} is over 4x its target of {row['ppo/target_kl']:.3g}")
     if row["ppo/clip_fraction"] > MAX_CLIP_FRACTION:
         alarm(f"{row['ppo/clip_fraction']:.0%} of the ratios are clipped; most of the update is cut off")
     if row["value/explained_variance"] < 0 and iteration >= 5:

@@ -133,6 +133,13 @@ def test_another_weight_means_another_log_prob(policy: QwenVLA, observe: Callabl
     assert (((gaussian.mean - made.mean) / gaussian.std).abs() * policy.action_mask()).max() > 1e-3
 
 
+def test_the_kl_target_falls_linearly_to_its_last_value(policy: QwenVLA) -> None:
+    learner = learner_for(policy, target_kl=0.1, final_target_kl=0.02)
+    learner.total_iterations = 5
+    assert [learner.target_kl(i) for i in range(6)] == pytest.approx([0.1, 0.08, 0.06, 0.04, 0.02, 0.02])
+    assert learner_for(policy, target_kl=0.1).target_kl(7) == 0.1
+
+
 # --- rows do not see each other
 
 

@@ -15,6 +15,7 @@ HEALTHY = {
     "iteration": 7,
     "ppo/critic_only": 0.0,
     "ppo/kl": 0.1,
+    "ppo/target_kl": 0.1,
     "ppo/clip_fraction": 0.3,
     "value/explained_variance": 0.2,
 }

@@ -218,7 +218,7 @@ def make_run(
             where = {"env_steps": rows[-1]["env_steps"], "minutes": rows[-1]["minutes"]}
             rows.append({"kind": "evaluation", "name": "iteration-0010", **where, "success": rate, "trials": 50})
     if finished > 3:
-        rows.append({"kind": "alarm", "where": "iteration 3", "message": "KL 0.43 is over 4x algo.target_kl"})
+        rows.append({"kind": "alarm", "where": "iteration 3", "message": "KL 0.43 is over 4x its target of 0.1"})
     if done is None:
         rate = write_evaluation(run, "after", after)
         last = {"env_steps": 10240 * iterations, "minutes": 5.4 + 1.05 * iterations}
