@@ -1,8 +1,8 @@
 """Scripted experts for the ten WidowX tasks, in the environment's own action space.
 
-They read privileged poses, grasp with the fingers down, carry, release and retreat; speed, heights, grasp point, yaw
-and place vary from episode to episode, and free motion is noisy, because demonstrations that are all alike teach
-nothing about recovering. Grasp heights and clearances were found by hand. World frame, metres, radians, 3 x 3 rotations.
+They read privileged poses, grasp with the fingers down, carry, release and retreat. Speed, heights, grasp point, yaw
+and place vary from episode to episode and free motion is noisy, because demonstrations that are all alike teach nothing
+about recovering. Grasp heights and clearances were found by hand. World frame, metres, radians, 3 x 3 rotations.
 """
 
 import math
@@ -182,6 +182,7 @@ class PickAndPlace:
     # --- phases: each returns an action and may move on
 
     def _above(self, position: Vector, rotation: Rotation) -> np.ndarray:
+        self._track()
         point = self._grasp_point()
         goal = _at(point, z=point[2] + self.approach_height)
         near = np.linalg.norm((position - goal)[:2]) < 0.008 and abs(position[2] - goal[2]) < 0.02
@@ -199,6 +200,8 @@ class PickAndPlace:
     def _lift(self, position: Vector, rotation: Rotation) -> np.ndarray:
         height = self.floor + self.lift_height
         if abs(position[2] - height) < 0.015:
+            self.waited += 1  # the hand is most of a step behind its target
+        if self.waited > 1:
             lifted = self._source()[0][2] > self.twin.source_start[0, 2] + 0.02
             if not lifted and self.retries < MAX_RETRIES:
                 return self._retry(position, rotation)
@@ -239,14 +242,19 @@ class PickAndPlace:
     # --- where to
 
     def _aim(self, *, spread: float) -> None:
-        """Choose a grasp and start over. Of the rotations that grasp equally, the nearest to home."""
+        """Choose a grasp and start over."""
         self.along = self.grasp.along + self.rng.uniform(-1, 1) * spread
-        forward, closing = _axis(self._source()[1]), self.home[:2, 1]
-        wanted = math.atan2(forward[1], forward[0]) + math.pi / 2 - math.atan2(closing[1], closing[0])
-        half = self.grasp.symmetry / 2
-        self.yaw = (wanted + half) % self.grasp.symmetry - half
-        self.yaw += self.rng.normal(0, self.grasp.turn_spread)
+        self.turn_offset = self.rng.normal(0, self.grasp.turn_spread)
+        self.yaw = 0.0
+        self._track()
         self._enter(Phase.ABOVE)
+
+    def _track(self) -> None:
+        """Turn with the object: of the rotations that grasp it equally, to the nearest."""
+        forward, closing = _axis(self._source()[1]), self.home[:2, 1]
+        across = math.atan2(forward[1], forward[0]) + math.pi / 2 - math.atan2(closing[1], closing[0])
+        half = self.grasp.symmetry / 2
+        self.yaw += (across + self.turn_offset - self.yaw + half) % self.grasp.symmetry - half
 
     def _grasp_point(self) -> Vector:
         position, rotation = self._source()

@@ -41,8 +41,9 @@ class Contacts(NamedTuple):
     """Between source and target, newtons."""
     others: Bool[np.ndarray, " B"]
     """Whether anything presses on the source that is neither the target nor the robot."""
-    held: Bool[np.ndarray, " B"]
-    """Whether both fingers press on it."""
+    robot: Bool[np.ndarray, " B"]
+    """Whether any part of the robot presses on it. ManiSkill's ``is_grasping`` asks for 0.5 N of both fingers, and a
+    spoon that is being carried drops below that now and then."""
 
 
 class Situation(NamedTuple):
@@ -98,7 +99,7 @@ def put_on(*, height: float = 0.02, contact: bool = True) -> dict[RuleName, Rule
             return over
         touch = s.contacts()
         rests = (touch.target_force > 0.05) & ~touch.others if contact else np.ones_like(over)
-        return np.asarray(over & rests & ~touch.held)
+        return np.asarray(over & rests & ~touch.robot)
 
     return {"strict": strict, "maniskill": maniskill}
 
@@ -119,9 +120,9 @@ def relation(holds: Callable[[Situation], np.ndarray], *, touching: bool) -> dic
         if not touching:
             solved &= np.abs(s.source[:, 2] - s.source_start[:, 2]) < 0.015
         if not solved.any():
-            return solved
+            return np.asarray(solved)
         touch = s.contacts()
-        return np.asarray(solved & ~touch.held & ((touch.target_force > 0.05) == touching))
+        return np.asarray(solved & ~touch.robot & ((touch.target_force > 0.05) == touching))
 
     return {"strict": strict}
 

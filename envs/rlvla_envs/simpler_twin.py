@@ -43,7 +43,7 @@ def make_twin(
     """Build a simulated scene of a task (``num`` of them in one scene on a GPU)."""
     # Upstream warns of what it does by itself: poses it sets at reset, a gripper whose fingers mirror each other.
     build = twin_class()
-    with _quietly("mani_skill"):
+    with _quietly("mani_skill "):  # the blank is upstream's
         return build(
             task,
             num_envs=num,
@@ -215,32 +215,43 @@ def twin_class() -> type:
             return np.array(self.objs[name].pose.p.cpu().numpy())
 
         def _contacts(self) -> Contacts:
-            source, target = self.objs[self.task.source], self.objs[self.task.target]
-            between = self.scene.get_pairwise_contact_forces(source, target)
+            return self._contacts_on_gpu() if self.gpu_sim_enabled else self._contacts_on_cpu()
+
+        def _contacts_on_cpu(self) -> Contacts:
+            """One walk through the contacts; a pair counts from the original SimplerEnv's impulse on."""
+            source, target = self.objs[self.task.source]._objs[0], self.objs[self.task.target]._objs[0]
+            robot = {link._objs[0].entity for link in self.agent.robot.links}
+            from_target, by_robot, by_others = np.zeros(3), False, False
+            for contact in self.scene.px.get_contacts():
+                first, second = (body.entity for body in contact.bodies)
+                if source not in (first, second):
+                    continue
+                other = second if first == source else first
+                impulse = np.sum([point.impulse for point in contact.points], axis=0)
+                presses = bool(np.linalg.norm(impulse) > 1e-6)
+                if other == target:
+                    from_target += impulse if first == source else -impulse
+                elif other in robot:
+                    by_robot |= presses
+                else:
+                    by_others |= presses
+            force = np.linalg.norm(from_target) / self.scene.px.timestep
+            return Contacts(np.array([force]), others=np.array([by_others]), robot=np.array([by_robot]))
+
+        def _contacts_on_gpu(self) -> Contacts:
+            """By pairs; what remains of the total force comes from others."""
+            source = self.objs[self.task.source]
+            between = self.scene.get_pairwise_contact_forces(source, self.objs[self.task.target])
+            fingers = [
+                self.scene.get_pairwise_contact_forces(source, finger)
+                for finger in (self.agent.finger1_link, self.agent.finger2_link)
+            ]
+            rest = source.get_net_contact_forces() - between - sum(fingers)
             return Contacts(
                 target_force=between.norm(dim=1).cpu().numpy(),
-                others=self._touched_by_others(source, target, between),
-                held=self.agent.is_grasping(source).cpu().numpy(),
+                others=(rest.norm(dim=1) > 0.05).cpu().numpy(),
+                robot=(sum(force.norm(dim=1) for force in fingers) > 0.05).cpu().numpy(),
             )
-
-        def _touched_by_others(self, source: Any, target: Any, between: Any) -> np.ndarray:
-            if self.gpu_sim_enabled:
-                # What is left of the total force when target and fingers are taken away.
-                rest = source.get_net_contact_forces() - between
-                for finger in (self.agent.finger1_link, self.agent.finger2_link):
-                    rest = rest - self.scene.get_pairwise_contact_forces(source, finger)
-                found: np.ndarray = (rest.norm(dim=1) > 0.05).cpu().numpy()
-                return found
-            entity = source._objs[0]
-            allowed = {target._objs[0], *(link._objs[0].entity for link in self.agent.robot.links)}
-            for contact in self.scene.px.get_contacts():
-                pair = [body.entity for body in contact.bodies]
-                if entity not in pair or allowed.intersection(pair):
-                    continue
-                impulse = np.sum([point.impulse for point in contact.points], axis=0)
-                if np.linalg.norm(impulse) > 1e-6:  # the original SimplerEnv's threshold
-                    return np.array([True])
-            return np.array([False])
 
         def at_rest(self) -> bool:
             """Whether the source lies about where it was put. A jittered eggplant can jump out of the sink."""
