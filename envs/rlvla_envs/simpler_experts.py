@@ -149,7 +149,7 @@ class PickAndPlace:
         self.speed = rng.uniform(0.026, 0.040)
         self.turn_speed = rng.uniform(0.22, 0.38)
         self.approach_height = rng.uniform(0.04, 0.07)
-        self.lift_height = rng.uniform(0.10, 0.13) if sink else rng.uniform(0.05, 0.09)
+        self.lift_height = rng.uniform(0.10, 0.13) if sink else rng.uniform(0.065, 0.095)
         self.clearance = rng.uniform(*self.place.clearance)
         self.place_offset = np.clip(rng.normal(0, 0.5, 2), -1, 1) * spread
         self.precise = self.place.spread < 0.002
