@@ -4,6 +4,7 @@ import os
 import subprocess
 import sys
 from collections.abc import Callable
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -16,6 +17,11 @@ if TYPE_CHECKING:
 
 # Mesa reads this when the first Vulkan device is created.
 os.environ.setdefault("LP_NUM_THREADS", "1")
+
+# ManiSkill reads this when it is imported, so every test of a session shares one asset folder.
+SIMPLER_ASSETS = Path(__file__).resolve().parents[2] / "shared/assets/simpler_env"
+if SIMPLER_ASSETS.is_dir():
+    os.environ.setdefault("MS_ASSET_DIR", str(SIMPLER_ASSETS))
 
 # A test must not depend on a lucky draw or on a busy machine.
 settings.register_profile("rlvla", max_examples=25, derandomize=True, deadline=None, database=None)
@@ -45,6 +51,20 @@ def missing_simulator() -> str:
         said = (getattr(error, "stderr", None) or b"").decode(errors="replace").strip().splitlines()
         return f"ManiSkill cannot render here: {said[-1] if said else error}"
     return ""
+
+
+@pytest.fixture(scope="session")
+def simpler_assets() -> Path:
+    """The asset folder of the WidowX tasks; who asks is skipped, with the reason, where it is not to be had."""
+    from rlvla_envs.simpler_assets import check_assets
+    from rlvla_envs.simpler_tasks import chosen_tasks
+
+    root = Path(os.environ.get("MS_ASSET_DIR", SIMPLER_ASSETS))
+    try:
+        check_assets(root, chosen_tasks("simpler_env", "all"))
+    except ValueError as error:
+        pytest.skip(str(error).splitlines()[0])
+    return root
 
 
 @pytest.fixture(scope="session")

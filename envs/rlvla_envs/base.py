@@ -60,6 +60,8 @@ class EnvSpec:
     """How many of the evaluation states belong to each of ``tasks``; they are numbered task after task."""
     deterministic: bool = True
     """Whether initial state and actions fix the episode bit for bit."""
+    notes: tuple[str, ...] = ()
+    """What a reader of any number obtained here has to know, for example "stand-in: ..." for a replaced asset."""
 
     def __post_init__(self) -> None:
         if self.tasks and (
@@ -120,6 +122,7 @@ class EnvSpec:
                 "state_names": tuple(data["state_names"]),
                 "tasks": tuple(data.get("tasks", ())),
                 "evaluation_states_per_task": tuple(data.get("evaluation_states_per_task", ())),
+                "notes": tuple(data.get("notes", ())),
             }
         )
 
@@ -172,6 +175,9 @@ class ChunkResult:
     success: Bool[np.ndarray, " B"]
     executed_steps: Int64[np.ndarray, " B"]
     """Actions that ran before the episode ended, in [1, H]."""
+    metrics: dict[str, Float32[np.ndarray, " B"]] = field(default_factory=dict)
+    """What else the suite measures, up to and including the last step: for example "success_maniskill" beside
+    another success rule. The same keys in every result of a suite; none for most."""
 
     @property
     def done(self) -> Bool[np.ndarray, " B"]:
@@ -187,6 +193,7 @@ class ChunkResult:
             truncated=np.concatenate([p.truncated for p in parts]),
             success=np.concatenate([p.success for p in parts]),
             executed_steps=np.concatenate([p.executed_steps for p in parts]),
+            metrics={name: np.concatenate([p.metrics[name] for p in parts]) for name in parts[0].metrics},
         )
 
 

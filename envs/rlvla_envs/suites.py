@@ -8,6 +8,8 @@ from rlvla_envs.base import SuiteConfig, VecEnv
 SUITES = {
     "toy": "rlvla_envs.toy:ToyEnv",
     "maniskill": "rlvla_envs.maniskill:ManiSkillEnv",
+    "simpler_env": "rlvla_envs.simpler_env:SimplerEnv",
+    "simpler_env_ood": "rlvla_envs.simpler_env:SimplerEnv",
 }
 
 

@@ -25,13 +25,15 @@ from rlvla_envs.base import (
 from rlvla_envs.maniskill import INSTRUCTIONS
 from rlvla_envs.suites import SUITES, check_suite, make_env
 
-H, LIMIT = 4, 30
+H, LIMIT = 4, 42
 """Chunk size and step limit: the last chunk before the limit is cut to 2 steps."""
 
 CAMERA = {"eye": [0.3, 0.0, 0.6], "target": [0.066, 0.0, 0.0], "fov": 0.93}
 SMALL = {
     "toy": SuiteConfig(name="toy"),
     "maniskill": SuiteConfig(name="maniskill", task="PushCube-v1", options={"camera": CAMERA}),
+    "simpler_env": SuiteConfig(name="simpler_env", task="eggplant_in_basket+stack_cube"),
+    "simpler_env_ood": SuiteConfig(name="simpler_env_ood", task="stack_yellow+move_away"),
 }
 SMALL = {name: replace(c, image_size=32, chunk_size=H, max_episode_steps=LIMIT) for name, c in SMALL.items()}
 
@@ -49,6 +51,8 @@ def build(request: pytest.FixtureRequest) -> Iterator[Build]:
     """Worlds of one suite: ``build(num_envs, **changes of the configuration)``."""
     if request.param not in SMALL:
         pytest.fail(f"{request.param} is in SUITES and has no small configuration in SMALL; add one.")
+    if request.param.startswith("simpler_env"):
+        request.getfixturevalue("simpler_assets")
     opened: list[VecEnv] = []
 
     def make(num_envs: int = 1, **changes: Any) -> VecEnv:
@@ -120,7 +124,7 @@ def test_the_spec_describes_the_data(world: VecEnv) -> None:
     assert world.num_envs == 3
     assert len(spec.action_names()) == spec.action_size
     assert all(component.low < component.high for component in spec.action)
-    assert (spec.chunk_size, spec.max_episode_steps, spec.max_decisions) == (H, LIMIT, 8)
+    assert (spec.chunk_size, spec.max_episode_steps, spec.max_decisions) == (H, LIMIT, 11)
 
     first = world.reset([0, 2], [3, 4])
     result = world.step_chunk([0, 2], still(world, 2))
@@ -281,7 +285,7 @@ def test_an_episode_that_ends_inside_a_chunk_does_not_stop_its_neighbours(
 
 def test_the_step_limit_truncates_inside_a_chunk_and_shows_the_final_frame(world: VecEnv) -> None:
     world.reset([0], [23])
-    for _ in range(7):
+    for _ in range(LIMIT // H):
         result = world.step_chunk([0], still(world))
         assert not result.done[0]
         assert result.executed_steps[0] == H
@@ -290,7 +294,7 @@ def test_the_step_limit_truncates_inside_a_chunk_and_shows_the_final_frame(world
     assert not result.terminated[0]
     assert not result.success[0]
     assert result.reward[0] == 0
-    # 30 = 7 x 4 + 2.
+    # 42 = 10 x 4 + 2.
     assert result.executed_steps[0] == 2
     # The bootstrap looks at this frame.
     assert all(image.std() > 1 for image in result.observation.images.values())
