@@ -51,6 +51,12 @@ class Evaluation:
     """Of each episode, into the keys of ``by_task``."""
     by_task: dict[str, dict[str, Any]]
     """trials, successes, success and interval of each task; one entry where the suite has one task."""
+    metrics: dict[str, float]
+    """Means over episodes of what else the suite measured, at each episode's end: for example success by another
+    rule."""
+    metrics_by_task: dict[str, dict[str, float]]
+    notes: list[str]
+    """What a reader of the numbers has to know, from the suite: for example that an asset is a stand-in."""
 
     def first_noise_seed(self) -> "Evaluation":
         """The part of the measurement that used the first noise seed."""
@@ -97,6 +103,7 @@ def evaluate(
     tasks = [spec.task_of(state) for state in states]
     success = np.zeros(len(states), dtype=np.int64)
     steps = np.zeros(len(states), dtype=np.int64)
+    beside: dict[str, np.ndarray] = {}
     seen: Frames = {}
     ended = 0
 
@@ -115,6 +122,9 @@ def evaluate(
     for turn in play(envs, states, decide):
         success[turn.episode] |= turn.result.success
         steps[turn.episode] += turn.result.executed_steps
+        for metric, values in turn.result.metrics.items():
+            # Of an episode's decisions the last one stays.
+            beside.setdefault(metric, np.zeros(len(states)))[turn.episode] = values
         ended += int(turn.result.done.sum())
         on_episodes(ended)
     total = int(success.sum())
@@ -137,6 +147,12 @@ def evaluate(
         noise_seeds=config.noise_seeds,
         task_index=tasks,
         by_task=_by_task(spec.task_names(), tasks, success.tolist()),
+        metrics={metric: float(values.mean()) for metric, values in beside.items()},
+        metrics_by_task={
+            task: {metric: float(values[np.array(tasks) == i].mean()) for metric, values in beside.items()}
+            for i, task in enumerate(spec.task_names())
+        },
+        notes=list(spec.notes),
     )
     return measured, seen
 

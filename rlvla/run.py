@@ -99,6 +99,7 @@ class Run:
     def evaluation(self, measured: Any, env_steps: int) -> None:
         """Record one `rlvla.evaluate.Evaluation`: its file, a line in the metrics, a line on the screen."""
         self.write_json(f"evaluations/{measured.name}.json", asdict(measured))
+        per_task = measured.by_task.items() if len(measured.by_task) > 1 else ()
         self.log(
             {
                 "kind": "evaluation",
@@ -107,12 +108,17 @@ class Run:
                 "minutes": self.minutes(),
                 "success": measured.success,
                 "trials": measured.trials,
+                **{f"success/{name}": rate["success"] for name, rate in per_task},
+                **{f"metrics/{name}": value for name, value in measured.metrics.items()},
             }
         )
         low, high = measured.interval
         self.progress.note(
             f"evaluation {measured.name}: {measured.success:.3f} [{low:.3f}, {high:.3f}] of {measured.trials} "
             f"at temperature {measured.temperature:g}"
+            + "".join(f"\n  {name}: {rate['successes']} of {rate['trials']}" for name, rate in per_task)
+            + "".join(f"\n  {name}: {value:.3f}" for name, value in measured.metrics.items())
+            + "".join(f"\n  note: {note}" for note in measured.notes)
         )
 
     def finish(self, summary: dict[str, Any]) -> None:

@@ -159,7 +159,7 @@ class RayEnvs:
         if first_parts:
             first = Observation.concatenate(first_parts).take(np.argsort(np.concatenate(first_order)))
         if result_parts:
-            result = _take_result(ChunkResult.concatenate(result_parts), np.argsort(np.concatenate(result_order)))
+            result = ChunkResult.concatenate(result_parts).take(np.argsort(np.concatenate(result_order)))
         return first, result
 
     def demonstrate(self, states: Sequence[int], seeds: Sequence[int]) -> list[Demonstration]:
@@ -233,6 +233,7 @@ class _SimulatorHost:
             result = env.step_chunk(request["chunk_slots"].tolist(), request["chunk_actions"])
             reply |= _pack_observation(result.observation, "chunk/")
             reply |= {f"chunk/{name}": getattr(result, name) for name in RESULT_FIELDS}
+            reply |= {f"chunk/metrics/{name}": values for name, values in result.metrics.items()}
         return reply
 
     def demonstrate(self, state: int, seed: int) -> Arrays:
@@ -277,14 +278,16 @@ def _unpack_observation(arrays: Arrays, prefix: str) -> Observation:
 
 
 def _unpack_result(arrays: Arrays, prefix: str) -> ChunkResult:
-    fields = {name: arrays[f"{prefix}{name}"] for name in RESULT_FIELDS}
-    return ChunkResult(observation=_unpack_observation(arrays, prefix), **fields)
-
-
-def _take_result(result: ChunkResult, order: np.ndarray) -> ChunkResult:
+    reward, terminated, truncated, success, executed = (arrays[f"{prefix}{name}"] for name in RESULT_FIELDS)
+    metrics = f"{prefix}metrics/"
     return ChunkResult(
-        observation=result.observation.take(order),
-        **{name: getattr(result, name)[order] for name in RESULT_FIELDS},
+        observation=_unpack_observation(arrays, prefix),
+        reward=reward,
+        terminated=terminated,
+        truncated=truncated,
+        success=success,
+        executed_steps=executed,
+        metrics={key.removeprefix(metrics): value for key, value in arrays.items() if key.startswith(metrics)},
     )
 
 

@@ -179,6 +179,18 @@ class ChunkResult:
     """What else the suite measures, up to and including the last step: for example "success_maniskill" beside
     another success rule. The same keys in every result of a suite; none for most."""
 
+    def take(self, rows: Sequence[int] | np.ndarray) -> "ChunkResult":
+        index = np.asarray(rows, dtype=np.int64)
+        return ChunkResult(
+            observation=self.observation.take(index),
+            reward=self.reward[index],
+            terminated=self.terminated[index],
+            truncated=self.truncated[index],
+            success=self.success[index],
+            executed_steps=self.executed_steps[index],
+            metrics={name: values[index] for name, values in self.metrics.items()},
+        )
+
     @property
     def done(self) -> Bool[np.ndarray, " B"]:
         done: np.ndarray = self.terminated | self.truncated
