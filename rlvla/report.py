@@ -26,6 +26,7 @@ from rlvla.report_page import (
     html_section,
     html_table,
 )
+from rlvla.report_tasks import tasks_section
 from rlvla.run_folder import Record, RunFolder, interval_in, number_in, read_run
 from rlvla.svg import (
     CHART_CSS,
@@ -55,6 +56,7 @@ def render(run: RunFolder) -> str:
     sections = [
         _header(run),
         success_section(run),
+        tasks_section(run),
         learning_curve_section(run),
         pairs_section(run),
         videos_section(run),
@@ -185,9 +187,9 @@ SETTINGS: tuple[tuple[str, tuple[str, ...]], ...] = (
     ("temperature of evaluations", ("eval.temperature",)),
     ("noise level", ("algo.noise_level",)),
     ("reduction of the ratio", ("algo.reduction",)),
-    ("clip ε, KL target", ("algo.clip_epsilon", "algo.target_kl")),
+    ("clip ε, KL target at first, at last", ("algo.clip_epsilon", "algo.target_kl", "algo.final_target_kl")),
     ("epochs, minibatch", ("algo.epochs", "algo.minibatch_size")),
-    ("discount γ, λ", ("algo.gamma", "algo.gae_lambda")),
+    ("discount γ, λ, bootstrap at the limit", ("algo.gamma", "algo.gae_lambda", "algo.bootstrap_time_limit")),
     ("learning rate: start, schedule, critic", ("algo.policy_lr", "algo.lr_schedule", "algo.value_lr")),
     ("backbone trained", ("algo.train_vlm",)),
     ("episodes an iteration", ("episodes_per_iteration",)),

@@ -1,6 +1,7 @@
 """Did the policy become better? Evaluations, learning curve, state by state, videos."""
 
 import base64
+from collections import Counter
 from html import escape
 from pathlib import Path
 
@@ -193,7 +194,14 @@ def _outcome_cells(run: RunFolder) -> list[Cell]:
     for phase in ("before", "after"):
         record = run.evaluations.get(phase, {})
         pairs = zip(list_in(record, "initial_states"), list_in(record, "outcomes"), strict=False)
-        outcomes.append({str(state): int(bool(solved)) for state, solved in pairs})
+        solved_by: dict[str, int] = {}
+        visits = Counter[str]()
+        for state, solved in pairs:
+            # A state comes back with every noise seed.
+            visits[str(state)] += 1
+            visit = visits[str(state)]
+            solved_by[f"{state}, visit {visit}" if visit > 1 else str(state)] = int(bool(solved))
+        outcomes.append(solved_by)
     before, after = outcomes
     kinds = [((before[state], after[state]), state) for state in before if state in after]
     order = list(KINDS)

@@ -454,3 +454,30 @@ def test_numbers_are_short_and_honest() -> None:
         "1.23M",
     ]
     assert [percent(x) for x in (0.41, 0.415, 1.0, -0.031)] == ["41%", "41.5%", "100%", "−3.1%"]
+
+
+def test_a_mixed_suite_is_shown_task_by_task_with_its_notes(tmp_path: Path) -> None:
+    run = make_run(tmp_path / "run")
+    for phase, carrots in (("before", 30), ("after", 60)):
+        path = run / "evaluations" / f"{phase}.json"
+        evaluation = json.loads(path.read_text())
+        rate = {"trials": 100, "successes": carrots, "success": carrots / 100, "interval": [0.1, 0.9]}
+        evaluation |= {"by_task": {"carrot": rate, "spoon": rate}, "notes": ["stand-in: the <carrot>"]}
+        evaluation |= {"metrics": {"gentle": 0.5}, "metrics_by_task": {"carrot": {"gentle": 0.25}, "spoon": {}}}
+        write_json(path, evaluation)
+    comparison = json.loads((run / "comparison.json").read_text())
+    by_task = {"carrot": {"difference": 0.3, "p_value": 2e-5}, "spoon": {"difference": -0.02, "p_value": 0.7}}
+    write_json(run / "comparison.json", comparison | {"by_task": by_task})
+    text = Page(source_of(run)).text
+    assert "Task by task" in text
+    assert "30% (10% to 90%), 30/100" in text
+    assert "60% (10% to 90%), 60/100" in text
+    assert "+30.0" in text
+    assert "-2.0" in text
+    assert "gentle" in text
+    assert "0.250" in text
+    assert "stand-in: the <carrot>" in text
+
+
+def test_a_suite_of_one_task_has_no_such_table(tmp_path: Path) -> None:
+    assert "Task by task" not in Page(source_of(make_run(tmp_path / "run"))).text

@@ -1,0 +1,136 @@
+"""Measurements that compare: which states are visited, task by task, and what two evaluations say together."""
+
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import pytest
+
+from rlvla.config import EvalConfig
+from rlvla.evaluate import Evaluation, compare, evaluate
+from rlvla_envs.base import ChunkResult, EnvSpec, Observation
+
+NAMES = ("carrot", "spoon")
+
+
+class Actor:
+    """Acts by the keyed generator alone, so that noise can be told from noise."""
+
+    def decide(self, observation: Observation, rngs: list[np.random.Generator], *, temperature: float) -> Any:
+        class Decision:
+            action = np.array([[[rng.random()]] for rng in rngs], dtype=np.float32)
+
+        class Thought:
+            decision = Decision
+
+        return Thought
+
+
+class Envs:
+    """A world of two tasks that ends at once: carrots succeed on even states, spoons when the action is large."""
+
+    spec = EnvSpec(
+        suite="mixed",
+        task="all",
+        robot="point",
+        action=(),
+        cameras=(),
+        control_hz=5.0,
+        chunk_size=1,
+        max_episode_steps=4,
+        num_evaluation_states=5,
+        tasks=NAMES,
+        evaluation_states_per_task=(3, 2),
+        notes=("stand-in: the carrot",),
+    )
+
+    def __init__(self, num_slots: int) -> None:
+        self.num_slots = num_slots
+        self.state = np.zeros(num_slots, dtype=np.int64)
+        self.visited: list[int] = []
+
+    def advance(self, turn: Any) -> tuple[Observation | None, ChunkResult | None]:
+        result = None
+        if len(turn.chunk_slots):
+            state = self.state[turn.chunk_slots]
+            success = np.where(state < 3, state % 2 == 0, turn.chunk_actions[:, 0, 0] > 0.5)
+            ones = np.ones(len(state), dtype=np.bool_)
+            result = ChunkResult(
+                self.look(len(state)),
+                success.astype(np.float32),
+                ones,
+                ~ones,
+                success,
+                np.ones(len(state), dtype=np.int64),
+                {"gentle": state.astype(np.float32)},
+            )
+        self.state[turn.restart_slots] = turn.restart_states
+        self.visited += turn.restart_states.tolist()
+        return (self.look(len(turn.restart_slots)) if len(turn.restart_slots) else None), result
+
+    @staticmethod
+    def look(rows: int) -> Observation:
+        return Observation({"top": np.zeros((rows, 2, 2, 3), np.uint8)}, ["go"] * rows)
+
+
+def measured(num_slots: int = 3, **settings: Any) -> tuple[Evaluation, Envs]:
+    envs: Any = Envs(num_slots)
+    actor: Any = Actor()
+    return evaluate(actor, envs, EvalConfig(**settings), name="x")[0], envs
+
+
+def test_every_state_is_visited_once_for_each_noise_seed() -> None:
+    result, envs = measured(noise_seeds=3)
+    assert sorted(envs.visited) == sorted([0, 1, 2, 3, 4] * 3)
+    assert result.initial_states == [0, 1, 2, 3, 4] * 3
+    assert result.trials == 15
+    assert result.by_task["carrot"]["trials"] == 9
+    assert result.by_task["carrot"]["successes"] == 6
+    # The spoon depends on noise alone: three seeds, three different draws.
+    spoons = [outcome for state, outcome in zip(result.initial_states, result.outcomes, strict=True) if state >= 3]
+    assert 0 < sum(spoons) < len(spoons)
+
+
+@pytest.mark.parametrize("num_slots", [1, 2, 7])
+def test_the_number_of_simulators_changes_no_outcome(num_slots: int) -> None:
+    assert measured(num_slots, noise_seeds=4)[0].outcomes == measured(3, noise_seeds=4)[0].outcomes
+
+
+def test_the_first_noise_seed_alone_is_the_measurement_with_one() -> None:
+    assert measured(noise_seeds=4)[0].first_noise_seed() == replace(measured(noise_seeds=1)[0], metrics={"gentle": 2.0})
+
+
+def test_what_the_suite_measures_beside_success_is_averaged_by_task_and_its_notes_are_kept() -> None:
+    result, _ = measured()
+    assert result.metrics == {"gentle": 2.0}
+    assert result.metrics_by_task == {"carrot": {"gentle": 1.0}, "spoon": {"gentle": 3.5}}
+    assert result.notes == ["stand-in: the carrot"]
+
+
+def test_a_comparison_counts_each_task_for_itself() -> None:
+    before, _ = measured(noise_seeds=2)
+    carrots = [i for i, task in enumerate(before.task_index) if task == 0]
+    outcomes = [1 if i in carrots else 0 for i in range(before.trials)]
+    after = replace(before, outcomes=outcomes)
+    table = compare(before, after)["by_task"]
+    assert table["carrot"] | {"interval": None, "p_value": None} == {
+        "before": 4 / 6,
+        "after": 1.0,
+        "trials": 6,
+        "gained": 2,
+        "lost": 0,
+        "kept": 4,
+        "p_value": None,
+        "difference": 1 - 4 / 6,
+        "interval": None,
+    }
+    # Two pairs changed, both for the better: 2 x 0.5^2.
+    assert table["carrot"]["p_value"] == pytest.approx(0.5)
+    assert table["spoon"]["gained"] == 0
+
+
+@pytest.mark.parametrize(("setting", "value"), [("temperature", 0.1), ("noise_seeds", 3), ("seed", 1)])
+def test_measurements_made_differently_are_not_compared(setting: str, value: Any) -> None:
+    before, _ = measured()
+    with pytest.raises(ValueError, match=f"cannot compare .*{setting}"):
+        compare(before, replace(before, **{setting: value}))
