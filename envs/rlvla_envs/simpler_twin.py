@@ -12,7 +12,8 @@ from typing import Any
 
 import numpy as np
 
-from rlvla_envs.simpler_tasks import Contacts, Situation, Task
+from rlvla_envs.simpler_rules import Contacts, Situation
+from rlvla_envs.simpler_tasks import Task
 
 CAMERA = "3rd_view_camera"
 FILM_SIZE = (320, 240)

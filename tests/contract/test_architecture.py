@@ -142,7 +142,7 @@ def test_the_source_roots_are_not_packages() -> None:
     assert all((package / "py.typed").exists() for package in (ROOT / "rlvla", ALGOS[0].parent, ENVS[0].parent))
 
 
-@pytest.mark.parametrize("module", ["rlvla.cli", "rlvla_envs.suites", "rlvla_envs.maniskill"])
+@pytest.mark.parametrize("module", ["rlvla.cli", "rlvla_envs.suites", "rlvla_envs.maniskill", "rlvla_envs.simpler_env"])
 def test_naming_things_loads_nothing_heavy(module: str, run_python: Callable[[str], str]) -> None:
     heavy = SIMULATORS | {"torch", "ray", "hydra", "transformers", "tensordict", "torchrl", "scipy", "pyarrow"}
     loaded = run_python(f"import sys, {module}; print(*sorted({heavy!r} & set(sys.modules)))")
