@@ -1,6 +1,7 @@
 """SimplerEnv's WidowX tasks, and six out-of-distribution tasks on the same objects, as two suites.
 
-Tasks: `simpler_tasks`; asset files: `simpler_assets`; the simulated scene: `simpler_twin`; experts: `simpler_experts`.
+Tasks: `simpler_tasks`; when they are solved: `simpler_rules`; asset files: `simpler_assets`; the simulated scene:
+`simpler_twin`; experts: `simpler_experts`.
 docs/how-to/simpler_env.md says what a user has to know.
 """
 
@@ -24,7 +25,8 @@ from rlvla_envs.base import (
     SuiteConfig,
 )
 from rlvla_envs.simpler_assets import prepare_assets
-from rlvla_envs.simpler_tasks import RuleName, chosen_tasks, configuration_of
+from rlvla_envs.simpler_rules import RuleName
+from rlvla_envs.simpler_tasks import chosen_tasks, configuration_of
 from rlvla_envs.simpler_twin import CAMERA, make_twin
 
 ACTION = (

@@ -13,6 +13,18 @@ from typing import Any
 import numpy as np
 from jaxtyping import Float
 
+from rlvla_envs.simpler_geometry import (
+    Rotation,
+    Vector,
+    direction_of,
+    euler_xyz,
+    matrix_of,
+    pose_of,
+    rotate_flat,
+    rotation_by,
+    rotation_vector,
+    rotation_z,
+)
 from rlvla_envs.simpler_tasks import (
     BASKET,
     CARROT,
@@ -26,9 +38,6 @@ from rlvla_envs.simpler_tasks import (
 )
 
 OPEN, CLOSED = 1.0, -1.0
-
-Vector = Float[np.ndarray, "3"]
-Rotation = Float[np.ndarray, "3 3"]
 
 
 @dataclass(frozen=True)
@@ -96,7 +105,7 @@ class Phase(IntEnum):
 def make_expert(twin: Any, rng: np.random.Generator) -> "PickAndPlace":
     """The expert for the episode that ``twin`` has just started."""
     source, target = twin.source_start[0], twin.target_start[0]
-    goal = goal_of(twin.task.name, source[:2], target[:2], _axis(_pose(twin.objs[twin.task.source])[1]), rng)
+    goal = goal_of(twin.task.name, source[:2], target[:2], direction_of(pose_of(twin.objs[twin.task.source])[1]), rng)
     return PickAndPlace(twin, rng, goal)
 
 
@@ -115,7 +124,7 @@ def goal_of(
     if task == "move_away":
         direction = (source - target) / np.linalg.norm(source - target)
         angles = np.array([0.0, 0.5, -0.5, 0.9, -0.9])
-        options = np.array([source + 0.06 * _rotate(direction, angle) for angle in angles])
+        options = np.array([source + 0.06 * rotate_flat(direction, angle) for angle in angles])
         # The one at a comfortable distance from the robot's base.
         distance = np.linalg.norm(options - (0.147, 0.028), axis=1)
         return np.asarray(options[np.argmin(np.abs(distance - 0.30))])
@@ -251,19 +260,19 @@ class PickAndPlace:
 
     def _track(self) -> None:
         """Turn with the object: of the rotations that grasp it equally, to the nearest."""
-        forward, closing = _axis(self._source()[1]), self.home[:2, 1]
+        forward, closing = direction_of(self._source()[1]), self.home[:2, 1]
         across = math.atan2(forward[1], forward[0]) + math.pi / 2 - math.atan2(closing[1], closing[0])
         half = self.grasp.symmetry / 2
         self.yaw += (across + self.turn_offset - self.yaw + half) % self.grasp.symmetry - half
 
     def _grasp_point(self) -> Vector:
         position, rotation = self._source()
-        point = position + self.along * np.array([*_axis(rotation), 0.0])
+        point = position + self.along * np.array([*direction_of(rotation), 0.0])
         return _at(point, z=max(position[2] + self.grasp.height, LOWEST))
 
     def _goal(self) -> Vector:
         """Where the source's origin should be when the gripper opens."""
-        target = _pose(self.twin.objs[self.twin.task.target])[0]
+        target = pose_of(self.twin.objs[self.twin.task.target])[0]
         surface = target[2] + self.place.top if self.on_target else TABLE_HEIGHT
         centre = target[:2] if self.goal is None else self.goal
         return np.array([*(centre + self.place_offset), surface + self.grasp.bottom + self.clearance])
@@ -271,20 +280,20 @@ class PickAndPlace:
     # --- what is
 
     def _source(self) -> tuple[Vector, Rotation]:
-        return _pose(self.twin.objs[self.twin.task.source])
+        return pose_of(self.twin.objs[self.twin.task.source])
 
     def _hand(self) -> Vector:
-        return _pose(self.twin.agent.robot.links_map["ee_gripper_link"])[0]
+        return pose_of(self.twin.agent.robot.links_map["ee_gripper_link"])[0]
 
     def _target(self) -> tuple[Vector, Rotation]:
         """The pose the controller steers to; actions add to it."""
-        base_position, base_rotation = _pose(self.twin.agent.robot)
+        base_position, base_rotation = pose_of(self.twin.agent.robot)
         pose = self.twin.agent.controller.controllers["arm"]._target_pose.raw_pose[0].cpu().numpy().astype(np.float64)
-        return base_position + base_rotation @ pose[:3], base_rotation @ _matrix(pose[3:])
+        return base_position + base_rotation @ pose[:3], base_rotation @ matrix_of(pose[3:])
 
     def _turn_left(self, rotation: Rotation) -> float:
         """Angle about z that is missing."""
-        missing = _rotation_z(self.yaw) @ self.home @ rotation.T
+        missing = rotation_z(self.yaw) @ self.home @ rotation.T
         return math.atan2(missing[1, 0] - missing[0, 1], missing[0, 0] + missing[1, 1])
 
     def _action(
@@ -302,77 +311,14 @@ class PickAndPlace:
         step *= min(1.0, min(speed, self.speed) / max(float(np.linalg.norm(step)), 1e-9))
         turn = np.zeros(3)
         if yaw is not None:
-            turn = _rotation_vector(_rotation_z(yaw) @ self.home @ rotation.T)
+            turn = rotation_vector(rotation_z(yaw) @ self.home @ rotation.T)
             turn *= min(1.0, self.turn_speed / max(float(np.linalg.norm(turn)), 1e-9))
         if self.phase in (Phase.ABOVE, Phase.LIFT, Phase.CARRY, Phase.RETREAT):
             step, turn = step + self.rng.normal(0, 0.003, 3), turn + self.rng.normal(0, 0.012, 3)
         elif self.phase in (Phase.DESCEND, Phase.LOWER):
             step = step + self.rng.normal(0, 0.001, 3)
-        base = _pose(self.twin.agent.robot)[1]
-        return np.concatenate([base.T @ step, _euler_xyz(_rotation(base.T @ turn)), [gripper]])
-
-
-# --- rotations
-
-
-def _pose(thing: Any) -> tuple[Vector, Rotation]:
-    pose = thing.pose.raw_pose[0].cpu().numpy().astype(np.float64)
-    return pose[:3], _matrix(pose[3:])
-
-
-def _matrix(quaternion: Float[np.ndarray, "4"]) -> Rotation:
-    w, x, y, z = quaternion / np.linalg.norm(quaternion)
-    return np.array(
-        [
-            [1 - 2 * (y * y + z * z), 2 * (x * y - w * z), 2 * (x * z + w * y)],
-            [2 * (x * y + w * z), 1 - 2 * (x * x + z * z), 2 * (y * z - w * x)],
-            [2 * (x * z - w * y), 2 * (y * z + w * x), 1 - 2 * (x * x + y * y)],
-        ]
-    )
-
-
-def _rotation_z(yaw: float) -> Rotation:
-    return _rotation(np.array([0.0, 0.0, yaw]))
-
-
-def _rotation(vector: Vector) -> Rotation:
-    """Rodrigues' formula: a rotation by ``|vector|`` about its direction."""
-    angle = float(np.linalg.norm(vector))
-    if angle < 1e-9:
-        return np.eye(3)
-    x, y, z = vector / angle
-    cross = np.array([[0, -z, y], [z, 0, -x], [-y, x, 0]])
-    rotation: np.ndarray = np.eye(3) + math.sin(angle) * cross + (1 - math.cos(angle)) * cross @ cross
-    return rotation
-
-
-def _rotation_vector(rotation: Rotation) -> Vector:
-    """Inverse of `_rotation`, for angles below pi."""
-    axis = np.array([rotation[2, 1] - rotation[1, 2], rotation[0, 2] - rotation[2, 0], rotation[1, 0] - rotation[0, 1]])
-    sine, cosine = float(np.linalg.norm(axis)) / 2, (float(np.trace(rotation)) - 1) / 2
-    return axis / 2 * (math.atan2(sine, cosine) / sine if sine > 1e-9 else 1.0)
-
-
-def _euler_xyz(rotation: Rotation) -> Vector:
-    """Angles with rotation = Rx Ry Rz, the controller's convention."""
-    return np.array(
-        [
-            math.atan2(-rotation[1, 2], rotation[2, 2]),
-            math.asin(float(np.clip(rotation[0, 2], -1, 1))),
-            math.atan2(-rotation[0, 1], rotation[0, 0]),
-        ]
-    )
-
-
-def _axis(rotation: Rotation) -> Float[np.ndarray, "2"]:
-    """Direction of the x axis seen from above."""
-    flat: np.ndarray = rotation[:2, 0] / (np.linalg.norm(rotation[:2, 0]) + 1e-9)
-    return flat
-
-
-def _rotate(vector: Float[np.ndarray, "2"], angle: float) -> Float[np.ndarray, "2"]:
-    rotated: np.ndarray = _rotation_z(angle)[:2, :2] @ vector
-    return rotated
+        base = pose_of(self.twin.agent.robot)[1]
+        return np.concatenate([base.T @ step, euler_xyz(rotation_by(base.T @ turn)), [gripper]])
 
 
 def _at(point: Vector, *, z: float) -> Vector:

@@ -12,7 +12,8 @@ from typing import Any
 
 import numpy as np
 
-from rlvla_envs.simpler_tasks import Contacts, Situation, Task
+from rlvla_envs.simpler_rules import Contacts, Situation
+from rlvla_envs.simpler_tasks import Task
 
 CAMERA = "3rd_view_camera"
 FILM_SIZE = (320, 240)
@@ -130,7 +131,8 @@ def twin_class() -> type:
             """Move everything into a new physics world, 0.6 ms.
 
             PhysX keeps free lists and contact caches, so that a world with a past gives other bits: after the same
-            placement the eggplant came to rest up to 9 mm away in half of the episodes.
+            placement the eggplant came to rest elsewhere in 22 of 33 episodes, up to 9 mm away. Adding the robot again
+            changes its motion by up to 0.0014 rad in six steps; so every episode does it, the first included.
             """
             old = self.scene.sub_scenes[0]
             physics = sapien.physx.PhysxCpuSystem()

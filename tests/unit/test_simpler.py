@@ -14,11 +14,10 @@ import pytest
 from rlvla_envs import simpler_assets, simpler_env
 from rlvla_envs.base import FIRST_TRAINING_STATE, ChunkResult, Observation, SuiteConfig
 from rlvla_envs.simpler_assets import BRIDGE, check_assets, prepare_assets, required_files
-from rlvla_envs.simpler_experts import _euler_xyz, _matrix, _rotation, _rotation_vector
+from rlvla_envs.simpler_geometry import euler_xyz, matrix_of, rotation_by, rotation_vector
+from rlvla_envs.simpler_rules import Contacts, Situation
 from rlvla_envs.simpler_tasks import (
     SUITE_TASKS,
-    Contacts,
-    Situation,
     Task,
     chosen_tasks,
     clear_of_each_other,
@@ -337,7 +336,7 @@ def test_rotations_agree_with_scipy() -> None:
     for vector in rng.uniform(-0.8, 0.8, (20, 3)):
         oracle = Rotation.from_rotvec(vector)
         x, y, z, w = oracle.as_quat()
-        assert np.allclose(_rotation(vector), oracle.as_matrix())
-        assert np.allclose(_matrix(np.array([w, x, y, z])), oracle.as_matrix())
-        assert np.allclose(_rotation_vector(oracle.as_matrix()), vector)
-        assert np.allclose(_euler_xyz(oracle.as_matrix()), oracle.as_euler("XYZ"))
+        assert np.allclose(rotation_by(vector), oracle.as_matrix())
+        assert np.allclose(matrix_of(np.array([w, x, y, z])), oracle.as_matrix())
+        assert np.allclose(rotation_vector(oracle.as_matrix()), vector)
+        assert np.allclose(euler_xyz(oracle.as_matrix()), oracle.as_euler("XYZ"))
