@@ -1,6 +1,7 @@
 """`rlvla eval`: success on enumerated, held-back initial states, each visited once."""
 
 import dataclasses
+import itertools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -243,10 +244,19 @@ def _compare(before: list[int], after: list[int]) -> dict[str, Any]:
     }
 
 
+def filmed_states(spec: EnvSpec, config: EvalConfig) -> list[int]:
+    """The first state of every task, then the second of every task, until there are `videos`."""
+    of_task: dict[int, list[int]] = {}
+    for state in evaluation_states(spec, config.trials):
+        of_task.setdefault(spec.task_of(state), []).append(state)
+    turns = itertools.chain.from_iterable(itertools.zip_longest(*of_task.values()))
+    return [state for state in turns if state is not None][: config.videos]
+
+
 def film(actor: Actor, envs: Envs, config: EvalConfig, folder: Path, phase: str) -> list[dict[str, Any]]:
-    """Play the first `videos` held-back states once more, filming every step; returns the index entries."""
+    """Play some held-back states once more, each task's first ones, filming every step; returns the index entries."""
     entries: list[dict[str, Any]] = []
-    for state in range(config.videos):
+    for state in filmed_states(envs.spec, config):
         frames, success, instruction = _film_episode(actor, envs, config, state)
         if not frames:
             return []

@@ -1,9 +1,10 @@
-"""The main job on the embedded default: demonstrations -> SFT checkpoint -> PPO -> report. `make train` runs it.
+"""A recipe, demonstrations -> SFT checkpoint -> PPO -> report. `make train` runs the embedded one.
 
-    .venv/bin/python scripts/make_train.py [--output runs/push_cube] [--seed 0]
+    .venv/bin/python scripts/make_train.py [--recipe push_cube] [--output runs/RECIPE] [--seed 0]
 
-Three verbs with the settings of configs/recipe/push_cube.yaml. Stages that are finished are kept, so a run
-that was stopped goes on with the stage it was in. The last line on stdout is one JSON object.
+The verbs with the settings of configs/recipe/RECIPE.yaml; where that has an `eval` part, the SFT checkpoint and the
+refined policy are measured with it too. Stages that are finished are kept, so a run that was stopped goes on with the
+stage it was in. The last line on stdout is one JSON object.
 """
 
 import argparse
@@ -17,16 +18,17 @@ from pathlib import Path
 import yaml
 
 ROOT = Path(__file__).resolve().parent.parent
-RECIPE = ROOT / "configs" / "recipe" / "push_cube.yaml"
+RECIPES = ROOT / "configs" / "recipe"
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--output", type=Path, default=ROOT / "runs" / "push_cube")
+    parser.add_argument("--recipe", choices=sorted(f.stem for f in RECIPES.glob("*.yaml")), default="push_cube")
+    parser.add_argument("--output", type=Path)
     parser.add_argument("--seed", type=int, default=0, help="of the PPO stage; the SFT checkpoint stays the same")
     arguments = parser.parse_args()
-    recipe = yaml.safe_load(RECIPE.read_text())
-    output: Path = arguments.output
+    recipe = yaml.safe_load((RECIPES / f"{arguments.recipe}.yaml").read_text())
+    output: Path = arguments.output or ROOT / "runs" / arguments.recipe
     dataset, sft, ppo = output / "demonstrations", output / "sft", output / f"ppo-seed{arguments.seed}"
 
     spent = Minutes(output / "minutes.json")
@@ -41,6 +43,14 @@ def main() -> None:
             f"train-{arguments.seed}",
             lambda: rlvla("train", recipe["train"], policy=sft / "policy", output=ppo, seed=arguments.seed),
         )
+
+    for policy, folder in ((sft, output / "eval-sft"), (ppo, output / f"eval-seed{arguments.seed}")):
+        # An evaluation writes its report last.
+        if "eval" in recipe and not (folder / "report.html").exists():
+            shutil.rmtree(folder, ignore_errors=True)
+            spent.on(
+                folder.name, lambda p=policy, f=folder: rlvla("eval", recipe["eval"], policy=p / "policy", output=f)
+            )
 
     summary = json.loads((ppo / "summary.json").read_text())
     summary["minutes"] = round(spent.total("collect", "sft", f"train-{arguments.seed}"), 2)

@@ -342,7 +342,9 @@ def test_a_yaml_holds_only_keys_of_its_schema(file: Path) -> None:
     group = file.parent.name if file.parent != config_dir() else ""
     if group == "recipe":
         for verb, overrides in yaml.safe_load(file.read_text()).items():
-            compose(verb, [*overrides, *{"sft": ["dataset=x"], "train": ["policy=x"]}.get(verb, [])])
+            compose(
+                verb, [*overrides, *{"sft": ["dataset=x"], "train": ["policy=x"], "eval": ["policy=x"]}.get(verb, [])]
+            )
         return
     schema = schemas[group] if group else SCHEMAS[file.stem]()
     data = yaml.safe_load(file.read_text())

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from rlvla.config import EvalConfig
-from rlvla.evaluate import Evaluation, compare, evaluate
+from rlvla.evaluate import Evaluation, compare, evaluate, filmed_states
 from rlvla_envs.base import ChunkResult, EnvSpec, Observation
 
 NAMES = ("carrot", "spoon")
@@ -127,6 +127,11 @@ def test_a_comparison_counts_each_task_for_itself() -> None:
     # Two pairs changed, both for the better: 2 x 0.5^2.
     assert table["carrot"]["p_value"] == pytest.approx(0.5)
     assert table["spoon"]["gained"] == 0
+
+
+def test_films_take_the_tasks_in_turn() -> None:
+    assert filmed_states(Envs.spec, EvalConfig(videos=4)) == [0, 3, 1, 4]
+    assert filmed_states(Envs.spec, EvalConfig(videos=9)) == [0, 3, 1, 4, 2]
 
 
 @pytest.mark.parametrize(("setting", "value"), [("temperature", 0.1), ("noise_seeds", 3), ("seed", 1)])

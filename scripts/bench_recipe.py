@@ -1,0 +1,176 @@
+"""Seeds of the PPO stage of a recipe -> docs/benchmarks/RECIPE.md and its learning curve.
+
+    .venv/bin/python scripts/bench_recipe.py [--recipe push_cube] [--seeds 0 1 2] [--no-run]
+
+Runs scripts/make_train.py for each seed that has no result yet (data and SFT checkpoint are shared), so it can be
+stopped and started again; --no-run only renders what is there. The last line on stdout is one JSON object.
+"""
+
+import argparse
+import json
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from rlvla.evaluate import Evaluation, compare
+from rlvla.report_page import PAGE_CSS
+from rlvla.run_folder import RunFolder, read_run
+from rlvla.svg import CHART_CSS, Series, line_chart, percent
+
+ROOT = Path(__file__).resolve().parent.parent
+PAGES = ROOT / "docs" / "benchmarks"
+BLOCK = 4
+"""Iterations averaged to one point of the curve: one alone has a standard error of several points."""
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--recipe", default="push_cube")
+    parser.add_argument("--output", type=Path, help="folder of the recipe's runs; runs/RECIPE if absent")
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    parser.add_argument("--no-run", action="store_true", help="render what is there")
+    arguments = parser.parse_args()
+    output: Path = arguments.output or ROOT / "runs" / arguments.recipe
+    if not arguments.no_run:
+        for seed in arguments.seeds:
+            command = [sys.executable, str(ROOT / "scripts" / "make_train.py"), "--recipe", arguments.recipe]
+            command += ["--seed", str(seed), "--output", str(output)]
+            subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
+    folders = {seed: output / f"ppo-seed{seed}" for seed in arguments.seeds}
+    runs = {seed: read_run(folder) for seed, folder in folders.items() if (folder / "summary.json").exists()}
+    if not runs:
+        sys.exit(f"no finished PPO stage under {output}; run without --no-run.")
+    page = PAGES / f"{arguments.recipe}.md"
+    page.write_text(render(arguments.recipe, output, runs))
+    page.with_suffix(".svg").write_text(curve(runs))
+    print(json.dumps({str(seed): run.summary for seed, run in runs.items()}))
+
+
+def render(recipe: str, output: Path, runs: dict[int, RunFolder]) -> str:
+    first = next(iter(runs.values()))
+    minutes = json.loads((output / "minutes.json").read_text())
+    v = {key: first.versions.get(key, "?") for key in ("cpu", "python", "torch", "mani_skill", "git_commit")}
+    settings = yaml.safe_load((ROOT / "configs" / "recipe" / f"{recipe}.yaml").read_text())
+    commands = "\n".join(f"rlvla {verb} {' '.join(values)}" for verb, values in settings.items())
+    comparisons = {seed: run.comparison for seed, run in runs.items()}
+    parts = [
+        f"# Measured: the recipe {recipe}\n\n<!-- Written by scripts/bench_recipe.py. -->\n",
+        f"{len(runs)} seed{'s' if len(runs) > 1 else ''} of the PPO stage from one SFT checkpoint, on {v['cpu']},\n"
+        f"no GPU, Python {v['python']}, torch {v['torch']}, mani-skill {v['mani_skill']}, rlvla {v['git_commit']}.\n"
+        "Minutes are wall-clock; other jobs may have shared the cores.\n",
+        f"```\nscripts/bench_recipe.py --recipe {recipe} --seeds {' '.join(map(str, runs))}\n```\n",
+        f"makes it all and writes this page. The verbs and their settings (`configs/recipe/{recipe}.yaml`):\n",
+        f"```\n{commands}\n```\n",
+        f"Collecting took {minutes.get('collect', 0):.1f} minutes, SFT {minutes.get('sft', 0):.1f}.\n"
+        "Before and after are measured on the same held-back initial states with the same noise, at temperature "
+        f"{first.setting('eval.temperature'):g};\nintervals are Newcombe's for paired proportions, tests McNemar's "
+        'exact one. "Blind" is the success with another\nepisode\'s images, before and after.\n',
+        table(
+            ("seed", *CHANGE, "blind", "environment steps", "minutes"),
+            [
+                (
+                    str(seed),
+                    *change(comparisons[seed]),
+                    f"{shuffled(run, 'before')} / {shuffled(run, 'after')}",
+                    f"{run.summary['env_steps']:,}",
+                    f"{minutes.get(f'train-{seed}', float('nan')):.1f}",
+                )
+                for seed, run in runs.items()
+            ],
+        ),
+        *by_task(comparisons, "Task by task"),
+        *transfer(output, list(runs)),
+        *(f"* {note}" for note in notes(first)),
+        "Rollout success (stochastic sampler, training states) against environment steps, means over "
+        f"{BLOCK} iterations:\n",
+        f"![Rollout success against environment steps]({recipe}.svg)\n",
+        table(
+            ("seed", "environment steps: success"),
+            [(str(seed), ", ".join(f"{x / 1000:.0f}k: {y:.2f}" for x, y in blocks(run))) for seed, run in runs.items()],
+        ),
+    ]
+    return "\n".join(parts)
+
+
+CHANGE = ("before", "after", "points [95%]", "gained / lost", "p")
+
+
+def change(comparison: Any) -> tuple[str, ...]:
+    low, high = (100 * bound for bound in comparison["interval"])
+    return (
+        f"{comparison['before']:.3f}",
+        f"{comparison['after']:.3f}",
+        f"{100 * comparison['difference']:+.1f} [{low:+.1f}, {high:+.1f}]",
+        f"{comparison['gained']} / {comparison['lost']} of {comparison['trials']}",
+        f"{comparison['p_value']:.1e}",
+    )
+
+
+def by_task(comparisons: dict[int, Any], title: str) -> Iterator[str]:
+    rows = [
+        (str(seed), task, *change(one))
+        for seed, comparison in comparisons.items()
+        for task, one in comparison.get("by_task", {}).items()
+    ]
+    if rows:
+        yield f"{title}:\n"
+        yield table(("seed", "task", *CHANGE), rows)
+
+
+def transfer(output: Path, seeds: list[int]) -> Iterator[str]:
+    """The recipe's own evaluation, of the SFT checkpoint against each refined policy."""
+    comparisons = {}
+    for seed in seeds:
+        files = [output / name / "evaluations" / "eval.json" for name in ("eval-sft", f"eval-seed{seed}")]
+        if all(file.exists() for file in files):
+            comparisons[seed] = compare(*(Evaluation(**json.loads(file.read_text())) for file in files))
+    if comparisons:
+        yield "On the held-out suite of the recipe's `eval`:\n"
+        yield table(("seed", *CHANGE), [(str(seed), *change(one)) for seed, one in comparisons.items()])
+        yield from by_task(comparisons, "Task by task there")
+
+
+def notes(run: RunFolder) -> list[str]:
+    return [str(note) for note in run.evaluations.get("after", {}).get("notes", [])]
+
+
+def table(head: tuple[str, ...], rows: list[tuple[str, ...]]) -> str:
+    lines = [head, ("---",) * len(head), *rows]
+    return "\n".join(f"| {' | '.join(cells)} |" for cells in lines) + "\n"
+
+
+def blocks(run: RunFolder) -> list[tuple[float, float]]:
+    """(environment steps at the end, mean rollout success) of each stretch of iterations."""
+    iterations = list(run.iterations)
+    stretches = [iterations[i : i + BLOCK] for i in range(0, len(iterations), BLOCK)]
+    return [(s[-1]["env_steps"], sum(r["rollout/success"] for r in s) / len(s)) for s in stretches]
+
+
+def shuffled(run: RunFolder, name: str) -> str:
+    probe: Any = run.probe.get(name, {})
+    return f"{probe['shuffled']:.3f}" if "shuffled" in probe else "-"
+
+
+def curve(runs: dict[int, RunFolder]) -> str:
+    """A stand-alone SVG: the report's chart with the report's style inside."""
+    chart = line_chart(
+        title="Rollout success against environment steps",
+        description="One line a seed, means over some iterations.",
+        series=[
+            Series(name=f"seed {seed}", x=[x for x, _ in blocks(run)], y=[y for _, y in blocks(run)], tint=i)
+            for i, (seed, run) in enumerate(runs.items())
+        ],
+        x_label="environment steps",
+        y_format=percent,
+        y_range=(0.0, 1.0),
+    )
+    styled = chart.replace("<title>", f"<style>{PAGE_CSS}{CHART_CSS}</style><title>", 1)
+    return styled.replace("<svg ", '<svg xmlns="http://www.w3.org/2000/svg" ', 1)
+
+
+if __name__ == "__main__":
+    main()
