@@ -23,10 +23,10 @@ TOY = ["suite=toy", "workers.kind=local", "workers.num_actors=1"]
 
 @pytest.fixture(scope="session")
 def sft_policy(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """An SFT checkpoint that solves the toy about a third to a half of the time."""
+    """An SFT checkpoint that solves the toy about half of the time."""
     root = tmp_path_factory.mktemp("toy")
-    collect.run(compose("collect", [*TOY, f"output={root / 'data'}", "episodes=20"]))
-    settings = ["steps=500", "batch_size=32", "noise_draws=8", "train_vlm=false", "first_steps_weight=1"]
+    collect.run(compose("collect", [*TOY, f"output={root / 'data'}", "episodes=60"]))
+    settings = ["steps=600", "batch_size=32", "noise_draws=8", "train_vlm=false", "first_steps_weight=1"]
     sft.run(
         compose(
             "sft",
@@ -74,7 +74,8 @@ def assert_equal_rollouts(one: Any, other: Any) -> None:
 
 
 @pytest.mark.slow
-def test_ppo_lifts_a_half_trained_policy_significantly(sft_policy: Path, tmp_path: Path) -> None:
+def test_ppo_lifts_the_toy_from_a_half_to_above_eight_tenths(sft_policy: Path, tmp_path: Path) -> None:
+    # Measured: .49 to .87 in 49 seconds on two cores, both evaluations included.
     settings = [
         *TOY,
         f"policy={sft_policy}",
@@ -82,18 +83,22 @@ def test_ppo_lifts_a_half_trained_policy_significantly(sft_policy: Path, tmp_pat
         "workers.envs_per_actor=256",
         "inference_batch=64",
         "episodes_per_iteration=256",
-        "iterations=12",
-        "algo.gamma=0.9",
+        "iterations=16",
+        "algo.bootstrap_time_limit=false",
         "algo.policy_lr=2e-4",
+        "algo.target_kl=0.12",
+        "algo.final_target_kl=0.03",
+        "algo.epochs=5",
+        "algo.value_lr=4e-3",
         "algo.value_hidden_sizes=[128,128]",
         "eval.temperature=1.0",
         "eval.shuffled_images=false",
         "eval.videos=1",
     ]
     summary = train.run(compose("train", settings))
-    assert 0.2 < summary["success_before"] < 0.65
-    assert summary["success_after"] > summary["success_before"] + 0.05
-    assert summary["p_value"] < 0.05
+    assert 0.35 < summary["success_before"] < 0.65
+    assert summary["success_after"] > 0.8
+    assert summary["p_value"] < 1e-6
     report = Path(summary["report"]).read_text()
     assert "<svg" in report
     assert "data:video/mp4" in report
