@@ -127,12 +127,19 @@ def _merge(verb: str, overrides: Sequence[str]) -> Any:
     is_folder = [verb != "sft" and o.startswith("policy=") for o in overrides]
     with initialize_config_dir(str(config_dir()), version_base="1.3"):
         composed = hydra_compose(
-            verb, overrides=[o for o, folder in zip(overrides, is_folder, strict=True) if not folder]
+            verb, overrides=[_forced(o) for o, folder in zip(overrides, is_folder, strict=True) if not folder]
         )
     for override, folder in zip(overrides, is_folder, strict=True):
         if folder:
             composed.policy = override.removeprefix("policy=")
     return composed
+
+
+def _forced(override: str) -> str:
+    """Hydra wants `++` where a mapping gets a key it may or may not have; a user need not know which."""
+    key = override.partition("=")[0].lstrip("+")
+    is_open = key.startswith(OPEN_KEYS) or f"{key}." in OPEN_KEYS
+    return f"++{override.lstrip('+')}" if is_open else override
 
 
 @contextmanager

@@ -31,7 +31,7 @@ INTRODUCTION = """\
 
 A verb takes `key=value` words in any order: `rlvla train policy=PATH algo.target_kl=0.05`. `suite=NAME` and, for
 `rlvla sft`, `policy=NAME` choose a [YAML file](#yaml-files); every other key sets one value. `null` means none.
-`+suite.options.KEY=VALUE` adds an option that the chosen suite file does not set.
+`suite.options.KEY=VALUE` and `task_weights.TASK=VALUE` add entries; which there are, the suite says.
 
 `rlvla VERB key=value --help` prints a verb's options as the command sets them; `--cfg` prints the same as YAML. YAML
 files override the defaults below, and the command line overrides both. An unknown key, a

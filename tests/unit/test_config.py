@@ -76,6 +76,17 @@ def test_every_suite_composes(suite: str) -> None:
     assert config.suite.max_episode_steps >= config.suite.chunk_size
 
 
+@pytest.mark.parametrize("plus", ["", "+", "++"])
+def test_mappings_take_new_entries_with_or_without_hydras_plus(plus: str) -> None:
+    overrides = [f"{plus}suite.options.shader=default", f"{plus}task_weights.gate=2", "policy=p"]
+    config = compose("train", ["suite=push_cube", *overrides])
+    assert config.suite.options["shader"] == "default"
+    # What the YAML has stays.
+    assert "camera" in config.suite.options
+    assert config.task_weights == {"gate": 2.0}
+    assert compose("train", ["policy=p", "task_weights={a: 1, b: 2}"]).task_weights == {"a": 1.0, "b": 2.0}
+
+
 @pytest.mark.parametrize("policy", group_choices("sft")["policy"])
 def test_every_policy_composes_for_sft_and_fits_a_chunk_of_eight(policy: str) -> None:
     config = compose("sft", ["dataset=d", f"policy={policy}"])
