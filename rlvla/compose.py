@@ -184,7 +184,7 @@ def _check_keys(verb: str, overrides: Sequence[str]) -> None:
             close = difflib.get_close_matches(value, choices[key], n=1)
             hint = f" Did you mean {close[0]!r}?" if close else ""
             raise ConfigError(f"{key} is {value!r}; choose one of {', '.join(choices[key])}.{hint}")
-        if key in known or key.startswith(OPEN_KEYS):
+        if key in known or any(key.startswith(open_) and open_.rstrip(".") in known for open_ in OPEN_KEYS):
             continue
         raise ConfigError(f"{key!r} is not an option of `rlvla {verb}`.{_suggest(key, known)}")
 

@@ -207,7 +207,8 @@ class EvalConfig:
     every: int = 0
     """Iterations between evaluations during training, on a quarter of the trials; 0 has none."""
     seed: int = 12345
-    """Of the evaluation's noise. Fixed across runs, so that results compare."""
+    """Of the evaluation's noise; with noise_seeds=n also the n - 1 seeds after it. Fixed across runs, so that results
+    compare."""
 
     def __post_init__(self) -> None:
         _require(self.trials >= 1, "eval.trials", self.trials, "at least 1; 200 for a claim")

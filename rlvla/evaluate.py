@@ -52,6 +52,9 @@ class Evaluation:
     """Of each episode, into the keys of ``by_task``."""
     by_task: dict[str, dict[str, Any]]
     """trials, successes, success and interval of each task; one entry where the suite has one task."""
+    chunk_size: int
+    variant: str
+    """`EnvSpec.variant`."""
     metrics: dict[str, float]
     """Means over episodes of what else the suite measured, at each episode's end: for example success by another
     rule."""
@@ -75,6 +78,9 @@ class Evaluation:
             executed_steps=self.executed_steps[:trials],
             task_index=self.task_index[:trials],
             by_task=_by_task(tuple(self.by_task), self.task_index[:trials], self.outcomes[:trials]),
+            # They are means over all seeds; those of one are not kept.
+            metrics={},
+            metrics_by_task={},
         )
 
 
@@ -92,8 +98,8 @@ def evaluate(
     The result depends on weights, states and settings alone: not on the number of environments or actors.
 
     Args:
-        shown: the frames of an earlier evaluation on the same states. When given, episode i sees what the
-            next episode saw at the same decision: the shuffled-image probe.
+        shown: the frames of an earlier evaluation on the same states. When given, every episode sees what its
+            donor (`image_donors`) saw at the same decision: the shuffled-image probe.
 
     Returns:
         The measurement, and the frames every episode saw with the first noise seed.
@@ -102,6 +108,7 @@ def evaluate(
     enumerated = evaluation_states(spec, config.trials)
     states = enumerated * config.noise_seeds
     tasks = [spec.task_of(state) for state in states]
+    donors = image_donors(tasks)
     success = np.zeros(len(states), dtype=np.int64)
     steps = np.zeros(len(states), dtype=np.int64)
     beside: dict[str, np.ndarray] = {}
@@ -113,7 +120,7 @@ def evaluate(
             if e < len(enumerated):
                 seen[int(e), int(t)] = observation.row(i)
         if shown is not None:
-            observation = _swap_images(observation, shown, episode, decision, len(states))
+            observation = _swap_images(observation, shown, donors, episode, decision)
         rngs = [
             keyed_rng(config.seed + e // len(enumerated), Stream.EVALUATION, states[e], int(t))
             for e, t in zip(episode.tolist(), decision, strict=True)
@@ -148,6 +155,8 @@ def evaluate(
         noise_seeds=config.noise_seeds,
         task_index=tasks,
         by_task=_by_task(spec.task_names(), tasks, success.tolist()),
+        chunk_size=spec.chunk_size,
+        variant=spec.variant,
         metrics={metric: float(values.mean()) for metric, values in beside.items()},
         metrics_by_task={
             task: {metric: float(values[np.array(tasks) == i].mean()) for metric, values in beside.items()}
@@ -159,10 +168,20 @@ def evaluate(
 
 
 def evaluation_states(spec: EnvSpec, trials: int) -> list[int]:
-    """The first ``trials`` enumerated states of each task, or all it has."""
-    counts = spec.evaluation_states_per_task or (spec.num_evaluation_states,)
+    """``trials`` enumerated states of each task, or all it has.
+
+    Where a suite enumerates tasks the choice is spread evenly over each one's list, whose neighbours are alike;
+    elsewhere states are independent draws and the first ones will do.
+    """
+    if not spec.tasks:
+        return list(range(min(trials, spec.num_evaluation_states)))
+    counts = spec.evaluation_states_per_task
     starts = np.cumsum([0, *counts[:-1]]).tolist()
-    return [start + i for start, count in zip(starts, counts, strict=True) for i in range(min(trials, count))]
+    return [
+        start + i * count // min(trials, count)
+        for start, count in zip(starts, counts, strict=True)
+        for i in range(min(trials, count))
+    ]
 
 
 def _by_task(names: tuple[str, ...], task_index: list[int], outcomes: list[int]) -> dict[str, dict[str, Any]]:
@@ -208,13 +227,20 @@ def measure(actor: Actor, envs: Envs, config: EvalConfig, record: Run, name: str
     return own
 
 
+PAIRED = (
+    *("suite", "task", "variant", "chunk_size", "max_episode_steps", "initial_states", "task_index"),
+    *("temperature", "sampler", "seed", "noise_seeds", "notes"),
+)
+"""What two measurements must share to be compared pair by pair."""
+
+
 def compare(before: Evaluation, after: Evaluation) -> dict[str, Any]:
     """Paired comparison on common initial states at the same settings.
 
     Raises:
         ValueError: the two were not measured alike.
     """
-    for setting in ("task", "temperature", "sampler", "seed", "noise_seeds", "max_episode_steps", "initial_states"):
+    for setting in PAIRED:
         a, b = getattr(before, setting), getattr(after, setting)
         if a != b:
             raise ValueError(f"cannot compare {before.name} and {after.name}: {setting} is {a} and {b}.")
@@ -312,17 +338,30 @@ def _write_video(path: Path, frames: Sequence[np.ndarray], fps: float) -> None:
 
 
 def _swap_images(
-    observation: Observation, shown: Frames, episode: np.ndarray, decision: np.ndarray, num_episodes: int
+    observation: Observation, shown: Frames, donors: Sequence[int], episode: np.ndarray, decision: np.ndarray
 ) -> Observation:
-    """Images of the next episode at the same decision, or its last one; instruction and state stay."""
-    donors = []
+    """Images of the donor's episode at the same decision, or its last one; instruction and state stay."""
+    frames = []
     for e, t in zip(episode, decision, strict=True):
-        donor = (int(e) + 1) % num_episodes
-        last = int(t)
+        donor, last = donors[int(e)], int(t)
         while (donor, last) not in shown:
             last -= 1
-        donors.append(shown[donor, last])
-    return Observation(Observation.concatenate(donors).images, observation.instruction, observation.state)
+        frames.append(shown[donor, last])
+    return Observation(Observation.concatenate(frames).images, observation.instruction, observation.state)
+
+
+def image_donors(tasks: Sequence[int]) -> list[int]:
+    """Whose images each episode is shown in the probe: those of the same task, half its list away.
+
+    Enumerated suites put layouts that share an object's place beside each other; a neighbour's image would show almost
+    the truth.
+    """
+    donors = [0] * len(tasks)
+    for task in set(tasks):
+        mine = [i for i, t in enumerate(tasks) if t == task]
+        for i, episode in enumerate(mine):
+            donors[episode] = mine[(i + max(1, len(mine) // 2)) % len(mine)]
+    return donors
 
 
 def run(config: EvaluateConfig) -> dict[str, Any]:
@@ -345,6 +384,9 @@ def run(config: EvaluateConfig) -> dict[str, Any]:
         "interval": list(own.interval),
         "trials": own.trials,
         "temperature": own.temperature,
+        **({"by_task": own.by_task} if len(own.by_task) > 1 else {}),
+        **({"metrics": own.metrics} if own.metrics else {}),
+        **({"notes": own.notes} if own.notes else {}),
         "policy": config.policy,
         "report": str(Path(config.output) / "report.html"),
     }

@@ -66,7 +66,7 @@ def read_run(path: Path) -> RunFolder:
         policy_config=_parse_yaml(policy_text, "the policy's config.yaml", problems),
         versions=_read_json(path / "versions.json", problems, {}),
         summary=_read_json(path / "summary.json", problems, {}),
-        # A resumed run repeats what it had not saved, with the same result: the last line counts.
+        # Whoever repeats an iteration repeats it with the same result: the last line counts.
         iterations=_last_of_each(lines, "iteration", ("iteration",)),
         alarms=_last_of_each(lines, "alarm", ("where", "message")),
         evaluation_points=_last_of_each(lines, "evaluation", ("name",)),

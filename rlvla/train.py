@@ -116,6 +116,7 @@ def run(config: TrainConfig) -> dict[str, Any]:
                 "trials": before.trials,
                 "p_value": comparison["p_value"],
                 **({"by_task": comparison["by_task"]} if "by_task" in comparison else {}),
+                **({"notes": before.notes} if before.notes else {}),
                 "env_steps": env_steps,
                 "minutes": round(record.minutes(), 2),
                 "report": str(record.folder / "report.html"),

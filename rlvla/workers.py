@@ -26,7 +26,7 @@ from rlvla_envs.base import (
     SuiteConfig,
     VecEnv,
 )
-from rlvla_envs.suites import check_suite, make_env
+from rlvla_envs.suites import check_memory, check_suite, make_env
 
 Arrays = dict[str, np.ndarray]
 
@@ -79,7 +79,9 @@ def open_envs(suite: SuiteConfig, workers: WorkersConfig, num_envs: int | None =
         actors = min(actors, num_envs)
         per_actor = min(per_actor, -(-num_envs // actors))
     if workers.kind is WorkerKind.local:
+        check_memory(suite, actors * per_actor, 1)
         return LocalEnvs(suite, actors * per_actor)
+    check_memory(suite, per_actor, actors)
     return RayEnvs(suite, num_actors=actors, envs_per_actor=per_actor, timeout_s=workers.timeout_s)
 
 

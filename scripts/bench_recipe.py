@@ -1,4 +1,4 @@
-"""Seeds of the PPO stage of a recipe -> docs/benchmarks/RECIPE.md and its learning curve.
+"""Seeds of the PPO stage of a recipe -> its page under docs/benchmarks, with the learning curve.
 
     .venv/bin/python scripts/bench_recipe.py [--recipe push_cube] [--seeds 0 1 2] [--no-run]
 
@@ -60,7 +60,8 @@ def render(recipe: str, output: Path, runs: dict[int, RunFolder]) -> str:
     parts = [
         f"# Measured: the recipe {recipe}\n\n<!-- Written by scripts/bench_recipe.py. -->\n",
         f"{len(runs)} seed{'s' if len(runs) > 1 else ''} of the PPO stage from one SFT checkpoint, on {v['cpu']},\n"
-        f"no GPU, Python {v['python']}, torch {v['torch']}, mani-skill {v['mani_skill']}, rlvla {v['git_commit']}.\n"
+        f"device={first.setting('device')}, Python {v['python']}, "
+        f"torch {v['torch']}, mani-skill {v['mani_skill']}, rlvla {v['git_commit']}.\n"
         "Minutes are wall-clock; other jobs may have shared the cores.\n",
         f"```\nscripts/bench_recipe.py --recipe {recipe} --seeds {' '.join(map(str, runs))}\n```\n",
         f"makes it all and writes this page. The verbs and their settings (`configs/recipe/{recipe}.yaml`):\n",

@@ -11,10 +11,12 @@ import argparse
 import json
 import multiprocessing
 import os
+import queue
 import sys
 import time
 import warnings
 from multiprocessing.synchronize import Barrier
+from typing import Any
 
 warnings.filterwarnings("ignore")
 os.environ.setdefault("LP_NUM_THREADS", "1")
@@ -24,7 +26,8 @@ import numpy as np  # noqa: E402
 
 from rlvla.run import versions  # noqa: E402
 from rlvla_envs.base import FIRST_TRAINING_STATE, SuiteConfig, VecEnv  # noqa: E402
-from rlvla_envs.simpler_tasks import SUITE_TASKS  # noqa: E402
+from rlvla_envs.simpler_assets import prepare_assets  # noqa: E402
+from rlvla_envs.simpler_tasks import SUITE_TASKS, chosen_tasks  # noqa: E402
 from rlvla_envs.suites import make_env  # noqa: E402
 
 ROUNDS = 4
@@ -77,6 +80,19 @@ def measure(
     results.put(spent)
 
 
+def _next(results: Any, processes: list[Any]) -> dict[str, float]:
+    while True:
+        try:
+            found: dict[str, float] = results.get(timeout=5)
+        except queue.Empty:
+            if any(process.exitcode not in (None, 0) for process in processes):
+                for process in processes:
+                    process.terminate()
+                sys.exit("a simulator process failed; its message is above.")
+        else:
+            return found
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--task", default="carrot_on_plate")
@@ -86,6 +102,9 @@ def main() -> None:
     parser.add_argument("--processes", type=int, default=2)
     arguments = parser.parse_args()
 
+    suite = next(suite for suite, tasks in SUITE_TASKS.items() if arguments.task in tasks)
+    # Missing assets show here, not in processes that wait for each other.
+    prepare_assets(None, chosen_tasks(suite, arguments.task))
     spawn = multiprocessing.get_context("spawn")
     together, results = spawn.Barrier(arguments.processes), spawn.Queue()
     processes = [
@@ -93,7 +112,7 @@ def main() -> None:
     ]
     for process in processes:
         process.start()
-    spent = [results.get() for _ in processes]
+    spent = [_next(results, processes) for _ in processes]
     for process in processes:
         process.join()
 

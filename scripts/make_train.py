@@ -4,10 +4,11 @@
 
 The verbs with the settings of configs/recipe/RECIPE.yaml; where that has an `eval` part, the SFT checkpoint and the
 refined policy are measured with it too. Stages that are finished are kept, so a run that was stopped goes on with the
-stage it was in. The last line on stdout is one JSON object.
+stage it was in, from that stage's beginning. The last line on stdout is one JSON object.
 """
 
 import argparse
+import itertools
 import json
 import shutil
 import subprocess
@@ -38,7 +39,7 @@ def main() -> None:
         shutil.rmtree(sft, ignore_errors=True)
         spent.on("sft", lambda: rlvla("sft", recipe["sft"], dataset=dataset, output=sft))
     if not (ppo / "summary.json").exists():
-        shutil.rmtree(ppo, ignore_errors=True)
+        put_aside(ppo)
         spent.on(
             f"train-{arguments.seed}",
             lambda: rlvla("train", recipe["train"], policy=sft / "policy", output=ppo, seed=arguments.seed),
@@ -56,6 +57,14 @@ def main() -> None:
     summary["minutes"] = round(spent.total("collect", "sft", f"train-{arguments.seed}"), 2)
     print(f"report: {summary['report']}", file=sys.stderr)
     print(json.dumps(summary))
+
+
+def put_aside(folder: Path) -> None:
+    """A stage that was stopped starts anew; what it had, checkpoints among it, is kept under another name."""
+    if folder.exists():
+        number = next(n for n in itertools.count(1) if not folder.with_name(f"{folder.name}.stopped-{n}").exists())
+        kept = folder.rename(folder.with_name(f"{folder.name}.stopped-{number}"))
+        print(f"{folder.name} had not finished; it starts anew, its files are in {kept}", file=sys.stderr)
 
 
 class Minutes:

@@ -60,6 +60,9 @@ class EnvSpec:
     """How many of the evaluation states belong to each of ``tasks``; they are numbered task after task."""
     deterministic: bool = True
     """Whether initial state and actions fix the episode bit for bit."""
+    variant: str = ""
+    """Which of the suite's options changed what a success is, for example "success=strict". Measurements of different
+    variants are not compared."""
     notes: tuple[str, ...] = ()
     """What a reader of any number obtained here has to know, for example "stand-in: ..." for a replaced asset."""
 

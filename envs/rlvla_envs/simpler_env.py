@@ -10,7 +10,6 @@ import os
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -88,7 +87,6 @@ class SimplerEnv:
                     f"suite.options.success is {self._rule!r}, but {task.name} has the one rule that is ours; leave "
                     "the option away."
                 )
-        _check_memory(num_envs)
         notes = prepare_assets(config.options.get("assets"), self._tasks)
         self.num_envs = num_envs
         self._instruction = config.instruction
@@ -115,6 +113,7 @@ class SimplerEnv:
             num_evaluation_states=sum(len(task.configurations) for task in self._tasks),
             tasks=tuple(task.name for task in self._tasks),
             evaluation_states_per_task=tuple(len(task.configurations) for task in self._tasks),
+            variant=f"success={self._rule}",
             notes=notes,
         )
         if config.num_evaluation_states < self.spec.num_evaluation_states:
@@ -271,25 +270,6 @@ def _check_options(config: SuiteConfig) -> None:
         )
 
 
-def _check_memory(num_envs: int) -> None:
-    """Raise ValueError when the environments of this process would not fit into the memory that is free."""
-    available = available_mb()
-    if available is None or MB_PER_PROCESS + num_envs * MB_PER_ENVIRONMENT <= available:
-        return
-    fit = max(0, (available - MB_PER_PROCESS) // MB_PER_ENVIRONMENT)
-    raise ValueError(
-        f"{num_envs} environments in one process need about {MB_PER_PROCESS + num_envs * MB_PER_ENVIRONMENT} MB and "
-        f"{available} MB are free: {fit} fit. Lower workers.envs_per_actor or workers.num_actors."
-    )
-
-
-def available_mb() -> int | None:
-    """Memory that this process may still take; None where the system does not say."""
-    limits = []
-    meminfo = Path("/proc/meminfo")
-    if meminfo.is_file():
-        limits += [int(kb) // 1024 for kb in re.findall(r"MemAvailable:\s+(\d+) kB", meminfo.read_text())]
-    maximum, current = Path("/sys/fs/cgroup/memory.max"), Path("/sys/fs/cgroup/memory.current")
-    if maximum.is_file() and current.is_file() and maximum.read_text().strip().isdigit():
-        limits.append((int(maximum.read_text()) - int(current.read_text())) // 2**20)
-    return min(limits, default=None)
+def memory_mb(config: SuiteConfig, num_envs: int) -> int:
+    """What one process with ``num_envs`` environments takes when every slot has played every task."""
+    return MB_PER_PROCESS + num_envs * len(chosen_tasks(config.name, config.task)) * MB_PER_ENVIRONMENT

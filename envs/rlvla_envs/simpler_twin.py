@@ -273,10 +273,10 @@ def twin_class() -> type:
             camera = self._human_render_cameras["film"]
             camera.capture()
             seen = camera.get_obs(rgb=True, depth=False, position=False, segmentation=True)
-            background = self._film_background()
+            background = self._film_background
             return np.array(self._green_sceen_rgb(seen["rgb"], seen["segmentation"], background).cpu().numpy())
 
-        @functools.lru_cache(maxsize=1)  # noqa: B019  (as long as the scene)
+        @functools.cached_property
         def _film_background(self) -> Any:
             import cv2
 

@@ -2,6 +2,8 @@
 
 import difflib
 import importlib
+import re
+from pathlib import Path
 
 from rlvla_envs.base import SuiteConfig, VecEnv
 
@@ -32,3 +34,42 @@ def make_env(config: SuiteConfig, num_envs: int) -> VecEnv:
     module, name = SUITES[config.name].split(":")
     env: VecEnv = getattr(importlib.import_module(module), name)(config, num_envs)
     return env
+
+
+def check_memory(config: SuiteConfig, num_envs: int, num_processes: int) -> None:
+    """Refuse more environments than memory allows, before the first of them is built.
+
+    A suite whose environments are large says what they take: a function ``memory_mb(config, num_envs)`` in its module.
+
+    Raises:
+        ValueError: they would not fit; the message says how many do.
+    """
+    module = importlib.import_module(SUITES[config.name].split(":")[0])
+    estimate, available = getattr(module, "memory_mb", None), available_mb()
+    if estimate is None or available is None or num_processes * estimate(config, num_envs) <= available:
+        return
+    fitting = [n for n in range(1, num_envs) if num_processes * estimate(config, n) <= available]
+    alone = available // estimate(config, 1)
+    cure = (
+        f"workers.envs_per_actor={fitting[-1]} fits"
+        if fitting
+        else f"workers.num_actors={alone} with one environment each fits"
+        if alone
+        else "not even one fits; free some memory"
+    )
+    raise ValueError(
+        f"{num_envs} environments in each of {num_processes} processes need about "
+        f"{num_processes * estimate(config, num_envs)} MB and {available} MB are free: {cure}."
+    )
+
+
+def available_mb() -> int | None:
+    """Memory that new processes may still take; None where the system does not say."""
+    limits = []
+    meminfo = Path("/proc/meminfo")
+    if meminfo.is_file():
+        limits += [int(kb) // 1024 for kb in re.findall(r"MemAvailable:\s+(\d+) kB", meminfo.read_text())]
+    maximum, current = Path("/sys/fs/cgroup/memory.max"), Path("/sys/fs/cgroup/memory.current")
+    if maximum.is_file() and current.is_file() and maximum.read_text().strip().isdigit():
+        limits.append((int(maximum.read_text()) - int(current.read_text())) // 2**20)
+    return min(limits, default=None)

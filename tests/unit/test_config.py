@@ -163,6 +163,7 @@ def test_composing_checks_the_values() -> None:
         ("train", "epochs=3", "Did you mean 'algo.epochs'?"),
         ("sft", "policy.expert.hiden=97", "Did you mean 'policy.expert.hidden_size'?"),
         ("eval", "eval.trails=9", "Did you mean 'eval.trials'?"),
+        ("eval", "task_weights.gate=1", "is not an option of `rlvla eval`"),
         ("eval", "algo.epochs=3", "'algo.epochs' is not an option of `rlvla eval`"),
         ("collect", "qqq=1", "See --help for all of them."),
     ],

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from rlvla.config import EvalConfig
-from rlvla.evaluate import Evaluation, compare, evaluate, filmed_states
+from rlvla.evaluate import Evaluation, compare, evaluate, evaluation_states, filmed_states, image_donors
 from rlvla_envs.base import ChunkResult, EnvSpec, Observation
 
 NAMES = ("carrot", "spoon")
@@ -97,7 +97,8 @@ def test_the_number_of_simulators_changes_no_outcome(num_slots: int) -> None:
 
 
 def test_the_first_noise_seed_alone_is_the_measurement_with_one() -> None:
-    assert measured(noise_seeds=4)[0].first_noise_seed() == replace(measured(noise_seeds=1)[0], metrics={"gentle": 2.0})
+    alone = measured(noise_seeds=1)[0]
+    assert measured(noise_seeds=4)[0].first_noise_seed() == replace(alone, metrics={}, metrics_by_task={})
 
 
 def test_what_the_suite_measures_beside_success_is_averaged_by_task_and_its_notes_are_kept() -> None:
@@ -134,7 +135,28 @@ def test_films_take_the_tasks_in_turn() -> None:
     assert filmed_states(Envs.spec, EvalConfig(videos=9)) == [0, 3, 1, 4, 2]
 
 
-@pytest.mark.parametrize(("setting", "value"), [("temperature", 0.1), ("noise_seeds", 3), ("seed", 1)])
+@pytest.mark.parametrize("num_states", [2, 3, 7])
+def test_in_the_probe_an_episode_sees_a_distant_one_of_its_own_task(num_states: int) -> None:
+    tasks = [0] * num_states + [1] * 2 * num_states
+    donors = image_donors(tasks)
+    assert sorted(donors) == list(range(len(tasks)))
+    for episode, donor in enumerate(donors):
+        assert tasks[donor] == tasks[episode]
+        assert abs(donor - episode) >= num_states // 2
+        assert donor != episode
+
+
+def test_fewer_trials_than_states_are_spread_over_each_tasks_list() -> None:
+    spec = replace(Envs.spec, num_evaluation_states=16, evaluation_states_per_task=(12, 4))
+    assert evaluation_states(spec, 4) == [0, 3, 6, 9, 12, 13, 14, 15]
+    assert evaluation_states(spec, 99) == list(range(16))
+    assert evaluation_states(replace(spec, tasks=(), evaluation_states_per_task=()), 3) == [0, 1, 2]
+
+
+@pytest.mark.parametrize(
+    ("setting", "value"),
+    [("temperature", 0.1), ("noise_seeds", 3), ("seed", 1), ("variant", "success=easy"), ("notes", []), ("suite", "x")],
+)
 def test_measurements_made_differently_are_not_compared(setting: str, value: Any) -> None:
     before, _ = measured()
     with pytest.raises(ValueError, match=f"cannot compare .*{setting}"):

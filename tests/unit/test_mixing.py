@@ -98,6 +98,7 @@ def test_evaluation_states_belong_to_their_task_and_are_capped_by_what_it_has() 
     assert [mixed.task_of(state) for state in range(6)] == [0, 0, 1, 1, 1, 2]
     assert evaluation_states(mixed, 200) == [0, 1, 2, 3, 4, 5]
     assert evaluation_states(mixed, 2) == [0, 1, 2, 3, 5]
+    assert evaluation_states(mixed, 1) == [0, 2, 5]
     with pytest.raises(ValueError, match="neither an evaluation state"):
         mixed.task_of(6)
 

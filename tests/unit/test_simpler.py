@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from rlvla_envs import simpler_assets, simpler_env
+from rlvla_envs import simpler_assets, suites
 from rlvla_envs.base import FIRST_TRAINING_STATE, ChunkResult, Observation, SuiteConfig
 from rlvla_envs.simpler_assets import BRIDGE, check_assets, prepare_assets, required_files
 from rlvla_envs.simpler_geometry import euler_xyz, matrix_of, rotation_by, rotation_vector
@@ -25,7 +25,7 @@ from rlvla_envs.simpler_tasks import (
     turned,
     yaw_of,
 )
-from rlvla_envs.suites import make_env
+from rlvla_envs.suites import check_memory, make_env
 
 EVERY_TASK = [task for tasks in SUITE_TASKS.values() for task in tasks.values()]
 every_task = pytest.mark.parametrize("task", EVERY_TASK, ids=lambda task: task.name)
@@ -300,11 +300,23 @@ def test_another_folder_than_the_one_maniskill_was_imported_with_is_refused(
 # --- what else is refused
 
 
-def test_more_environments_than_fit_are_refused_with_how_many_fit(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(simpler_env, "available_mb", lambda: 1600)
-    config = SuiteConfig(name="simpler_env", task="all", num_evaluation_states=1000)
-    with pytest.raises(ValueError, match=r"1000 environments .* 1600 MB are free: 50 fit"):
-        make_env(config, 1000)
+@pytest.mark.parametrize(
+    ("free", "cure"),
+    [
+        # Two processes of 1000 MB, and 4 tasks x 12 MB for each environment.
+        (4000, "workers.envs_per_actor=20 fits"),
+        (1500, "workers.num_actors=1 with one environment each fits"),
+        (500, "not even one fits"),
+    ],
+)
+def test_more_environments_than_fit_are_refused_with_what_fits(
+    monkeypatch: pytest.MonkeyPatch, free: int, cure: str
+) -> None:
+    monkeypatch.setattr(suites, "available_mb", lambda: free)
+    config = SuiteConfig(name="simpler_env", task="all")
+    with pytest.raises(ValueError, match=rf"30 environments in each of 2 processes need about 4880 MB .*{cure}"):
+        check_memory(config, 30, 2)
+    check_memory(SuiteConfig(), 1000, 16)
 
 
 def test_the_out_of_distribution_tasks_have_one_rule() -> None:
