@@ -85,6 +85,7 @@ def collect(
     schedule: Schedule,
     key: tuple[int, int],
     store_context: bool,
+    value_final: bool = True,
     on_episodes: Callable[[int], None] = lambda _: None,
 ) -> TensorDict:
     """Play training episodes with the stochastic sampler and record what the update needs.
@@ -93,6 +94,8 @@ def collect(
         key: (run seed, iteration): the first part of every noise key.
         store_context: keep each decision's context, for a frozen backbone whose contexts stay true; else its
             inputs, to be encoded again.
+        value_final: value the final observation of truncated episodes. Without a bootstrap at the time limit nobody
+            reads it, and it costs a pass of the VLM.
         on_episodes: told how many episodes have ended.
 
     Returns:
@@ -155,7 +158,7 @@ def collect(
         # Only what was cut off needs a value of its own; any other next value is the next decision's.
         finals += [
             (int(turn.episode[i]), int(turn.decision[i]), result.observation.row(int(i)))
-            for i in np.flatnonzero(result.truncated & ~result.terminated)
+            for i in np.flatnonzero(result.truncated & ~result.terminated & value_final)
         ]
         ended += int(result.done.sum())
         on_episodes(ended)

@@ -69,6 +69,7 @@ def run(config: TrainConfig) -> dict[str, Any]:
                     schedule=schedule,
                     key=(config.seed, iteration),
                     store_context=not config.algo.train_vlm,
+                    value_final=config.algo.bootstrap_time_limit,
                     on_episodes=lambda n: record.progress.bar("episodes", n, config.episodes_per_iteration),
                 )
                 collected = record.minutes()

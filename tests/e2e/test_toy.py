@@ -36,7 +36,9 @@ def sft_policy(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return root / "sft" / "policy"
 
 
-def make_rollout(policy_folder: Path, envs: Envs, *, episodes: int = 24) -> tuple[Any, Learner]:
+def make_rollout(
+    policy_folder: Path, envs: Envs, *, episodes: int = 24, value_final: bool = True
+) -> tuple[Any, Learner]:
     """A rollout as `rlvla train` makes it, and the learner that would train on it."""
     seed_torch(0)
     policy = load_policy(policy_folder)
@@ -54,6 +56,7 @@ def make_rollout(policy_folder: Path, envs: Envs, *, episodes: int = 24) -> tupl
         schedule=schedule,
         key=(0, 0),
         store_context=True,
+        value_final=value_final,
     )
     train.add_advantages(rollout, config.algo)
     return rollout, learner
@@ -214,6 +217,16 @@ def test_a_success_at_the_time_limit_has_no_value_after_it(sft_policy: Path) -> 
     assert ended.any()
     expected = rollout["next", "reward"][ended]
     torch.testing.assert_close(rollout["value_target"][ended], expected)
+
+
+def test_an_episode_that_was_cut_off_is_valued_at_its_last_observation_where_that_is_read(sft_policy: Path) -> None:
+    envs = toy_envs("local", 1, 8)
+    valued, plain = (make_rollout(sft_policy, envs, episodes=48, value_final=flag)[0] for flag in (True, False))
+    cut = valued["next", "truncated"] & ~valued["next", "terminated"]
+    assert cut.any()
+    assert (valued["next", "state_value"][cut] != 0).all()
+    assert (plain["next", "state_value"][cut] == 0).all()
+    torch.testing.assert_close(valued["next", "state_value"][~cut], plain["next", "state_value"][~cut], rtol=0, atol=0)
 
 
 def test_dropout_that_is_on_is_stopped(sft_policy: Path) -> None:
