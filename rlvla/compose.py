@@ -199,6 +199,11 @@ def _suggest(key: str, known: set[str]) -> str:
 
 
 def _shown(value: Any) -> str:
+    """As one would type it on the command line."""
+    if value is None or isinstance(value, bool):
+        return {None: "null", True: "true", False: "false"}[value]
+    if isinstance(value, Sequence) and not isinstance(value, str):
+        return f"[{', '.join(map(_shown, value))}]"
     return str(value.value if isinstance(value, Enum) else value)
 
 

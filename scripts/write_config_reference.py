@@ -115,7 +115,7 @@ def _table(schema: type, rows: Iterable[tuple[str, str, str]], *, prefix: str = 
     lines = ["| key | type | default | meaning |", "|---|---|---|---|"]
     for key, default, meaning in rows:
         kind = _type_name(_field_type(schema, key.removeprefix(prefix)))
-        shown = "*required*" if default == "required" else f"`{_yaml_value(default)}`"
+        shown = "*required*" if default == "required" else f"`{default}`"
         cells = (f"`{key}`", kind, shown, meaning)
         lines.append("| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |")
     return "\n".join(lines) + "\n"
@@ -137,13 +137,6 @@ def _type_name(kind: Any) -> str:
     if typing.get_origin(kind) is dict:
         return "mapping"
     return "name of a YAML file" if kind is Any else str(kind.__name__)
-
-
-def _yaml_value(default: str) -> str:
-    """The default as one would type it on the command line."""
-    words = {"None": "null", "True": "true", "False": "false", "()": "[]"}
-    listed = default.replace("(", "[").replace(")", "]") if default.startswith("(") else default
-    return words.get(default, listed)
 
 
 def _sentence(text: str) -> str:
