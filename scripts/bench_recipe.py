@@ -8,6 +8,7 @@ stopped and started again; --no-run only renders what is there. The last line on
 
 import argparse
 import json
+import re
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -170,6 +171,13 @@ def curve(runs: dict[int, RunFolder]) -> str:
         y_range=(0.0, 1.0),
     )
     styled = chart.replace("<title>", f"<style>{PAGE_CSS}{CHART_CSS}</style><title>", 1)
+    # On a page labels may stand outside the frame; a file is cut there.
+    styled = re.sub(
+        r'viewBox="0 0 ([\d.]+) ([\d.]+)"',
+        lambda m: f'viewBox="-20 -10 {float(m[1]) + 40:g} {float(m[2]) + 20:g}"',
+        styled,
+        count=1,
+    )
     return styled.replace("<svg ", '<svg xmlns="http://www.w3.org/2000/svg" ', 1)
 
 
