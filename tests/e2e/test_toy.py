@@ -120,12 +120,12 @@ def test_ray_rollouts_equal_in_process_rollouts_bit_for_bit(sft_policy: Path) ->
 
 @pytest.mark.parametrize("num_slots", [3, 8, 40])
 def test_a_result_does_not_depend_on_how_many_environments_measure_it(sft_policy: Path, num_slots: int) -> None:
-    config = compose("eval", [*TOY, f"policy={sft_policy}"])
+    config = compose("eval", [*TOY, f"policy={sft_policy}", "eval.trials=48"])
     actor = Actor(load_policy(sft_policy), block=16, device="cpu")
     results = []
     for slots in (16, num_slots):
         envs = toy_envs("local", 1, slots)
-        results.append(evaluate(actor, envs, config.eval, name="x", trials=48)[0])
+        results.append(evaluate(actor, envs, config.eval, name="x")[0])
         envs.close()
     assert results[0].outcomes == results[1].outcomes
     assert results[0].executed_steps == results[1].executed_steps
