@@ -6,7 +6,6 @@ measured facts behind the choices here are in docs/architecture.md#maniskill.
 
 import contextlib
 import difflib
-import os
 import re
 from collections.abc import Iterator, Sequence
 from typing import Any
@@ -22,6 +21,7 @@ from rlvla_envs.base import (
     Observation,
     SuiteConfig,
 )
+from rlvla_envs.maniskill_common import building_simulator, check_options, record_expert
 
 INSTRUCTIONS = {
     "PushCube-v1": "push the blue cube onto the red and white target",
@@ -64,14 +64,7 @@ class ManiSkillEnv:
     """
 
     def __init__(self, config: SuiteConfig, num_envs: int) -> None:
-        unknown = set(config.options) - OPTIONS
-        if unknown:
-            close = difflib.get_close_matches(min(unknown), OPTIONS, n=1)
-            raise ValueError(
-                f"suite.options has {', '.join(sorted(unknown))}, which maniskill does not know."
-                + (f" Did you mean {close[0]!r}?" if close else "")
-                + f" Options: {', '.join(sorted(OPTIONS))}."
-            )
+        check_options(config, OPTIONS)
         self.num_envs = num_envs
         self._instruction = config.instruction or INSTRUCTIONS.get(config.task) or _words(config.task)
         self._render_every_step = bool(config.options.get("render_every_step", False))
@@ -125,18 +118,7 @@ class ManiSkillEnv:
         env, rng = self._envs[0], np.random.default_rng(seed)
         expert = make_expert(self.spec.task, env, rng)
         observation = self.reset([0], [initial_state])
-        frames, actions = [observation], []
-        while True:
-            action = np.clip(expert.act(), -1.0, 1.0).astype(np.float32)
-            actions.append(action)
-            result = self.step_chunk([0], action[None, None])
-            if result.done[0]:
-                break
-            frames.append(result.observation)
-        episode = Observation.concatenate(frames)
-        return Demonstration(
-            episode.images, episode.state, np.stack(actions), self._instruction, bool(result.success[0])
-        )
+        return record_expert(self, observation, expert.act, -1.0, 1.0)
 
     def _step_one(self, slot: int, chunk: np.ndarray) -> ChunkResult:
         if self._over[slot]:
@@ -206,10 +188,8 @@ def _words(task_id: str) -> str:
     return re.sub(r"(?<=[a-z0-9])(?=[A-Z])", " ", task_id.rsplit("-v", 1)[0]).lower()
 
 
+@building_simulator()
 def _make(config: SuiteConfig) -> Any:
-    # Read by Mesa when the device is created. More threads per simulator only fight each other: the
-    # parallelism is one simulator process a core.
-    os.environ.setdefault("LP_NUM_THREADS", "1")
     import gymnasium
     import mani_skill.envs  # noqa: F401  (registers the tasks)
     from mani_skill.utils import sapien_utils
@@ -228,24 +208,15 @@ def _make(config: SuiteConfig) -> Any:
     if camera:
         pose = sapien_utils.look_at(list(camera["eye"]), list(camera["target"]))
         sensors["base_camera"] = {"pose": pose, "fov": float(camera["fov"])}
-    try:
-        env = gymnasium.make(
-            config.task,
-            obs_mode="rgb",
-            control_mode="pd_ee_delta_pose",
-            reward_mode="none",
-            num_envs=1,
-            sim_backend=config.options.get("sim_backend", "physx_cpu"),
-            render_backend=config.options.get("render_backend", "cpu"),
-            sensor_configs=sensors,
-            human_render_camera_configs={"width": 256, "height": 256, "shader_pack": "minimal"},
-        )
-    except RuntimeError as error:
-        if re.search("vulkan|render|device|vk::", str(error), re.IGNORECASE):
-            raise RuntimeError(
-                f"ManiSkill cannot render here: {error}. It needs a Vulkan device; on a CPU that is lavapipe "
-                "from Mesa 24.3 or newer. Run scripts/setup.sh, which installs it on Debian as root, or install "
-                "mesa-vulkan-drivers yourself, and check with vulkaninfo."
-            ) from error
-        raise
+    env = gymnasium.make(
+        config.task,
+        obs_mode="rgb",
+        control_mode="pd_ee_delta_pose",
+        reward_mode="none",
+        num_envs=1,
+        sim_backend=config.options.get("sim_backend", "physx_cpu"),
+        render_backend=config.options.get("render_backend", "cpu"),
+        sensor_configs=sensors,
+        human_render_camera_configs={"width": 256, "height": 256, "shader_pack": "minimal"},
+    )
     return env.unwrapped

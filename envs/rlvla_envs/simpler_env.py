@@ -5,9 +5,6 @@ Tasks: `simpler_tasks`; when they are solved: `simpler_rules`; asset files: `sim
 docs/how-to/simpler_env.md says what a user has to know.
 """
 
-import difflib
-import os
-import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -23,6 +20,7 @@ from rlvla_envs.base import (
     Observation,
     SuiteConfig,
 )
+from rlvla_envs.maniskill_common import building_simulator, check_options, record_expert
 from rlvla_envs.simpler_assets import prepare_assets
 from rlvla_envs.simpler_rules import RuleName
 from rlvla_envs.simpler_tasks import chosen_tasks, configuration_of
@@ -157,18 +155,7 @@ class SimplerEnv:
 
         observation = self.reset([0], [initial_state])
         expert = make_expert(self._slots[0].twin, np.random.default_rng(seed))
-        frames, actions = [observation], []
-        while True:
-            action = np.clip(expert.act(), LOW, HIGH).astype(np.float32)
-            actions.append(action)
-            result = self.step_chunk([0], action[None, None])
-            if result.done[0]:
-                break
-            frames.append(result.observation)
-        episode = Observation.concatenate(frames)
-        return Demonstration(
-            episode.images, episode.state, np.stack(actions), episode.instruction[0], bool(result.success[0])
-        )
+        return record_expert(self, observation, expert.act, LOW, HIGH)
 
     # --- one slot
 
@@ -228,17 +215,8 @@ class SimplerEnv:
         return self._free[index].pop() if self._free[index] else self._make(index)
 
     def _make(self, index: int) -> Any:
-        # Read by Mesa when the device is created: parallelism is one simulator process a core.
-        os.environ.setdefault("LP_NUM_THREADS", "1")
-        try:
+        with building_simulator():
             return make_twin(self._tasks[index], **self._settings)
-        except RuntimeError as error:
-            if re.search("vulkan|render|device|vk::", str(error), re.IGNORECASE):
-                raise RuntimeError(
-                    f"ManiSkill cannot render here: {error}. It needs a Vulkan device; on a CPU that is lavapipe from "
-                    "Mesa 24.3 or newer. Run scripts/setup.sh, or install mesa-vulkan-drivers; check with vulkaninfo."
-                ) from error
-            raise
 
 
 def _start_training(twin: Any, state: int) -> None:
@@ -251,14 +229,7 @@ def _start_training(twin: Any, state: int) -> None:
 
 
 def _check_options(config: SuiteConfig) -> None:
-    unknown = set(config.options) - OPTIONS
-    if unknown:
-        close = difflib.get_close_matches(min(unknown), OPTIONS, n=1)
-        raise ValueError(
-            f"suite.options has {', '.join(sorted(unknown))}, which {config.name} does not know."
-            + (f" Did you mean {close[0]!r}?" if close else "")
-            + f" Options: {', '.join(sorted(OPTIONS))}."
-        )
+    check_options(config, OPTIONS)
     success = config.options.get("success", "strict")
     if success not in SUCCESS:
         raise ValueError(f"suite.options.success is {success!r}; it must be one of {', '.join(SUCCESS)}.")
