@@ -47,9 +47,9 @@ OPTIONS = {"assets", "success", "render_every_step", "sim_backend", "render_back
 SUCCESS: tuple[RuleName, ...] = ("strict", "maniskill")
 
 MB_PER_PROCESS = 1000
-"""Measured: Python, torch, SAPIEN and lavapipe with one scene of each task, whose meshes and textures are shared."""
+"""An estimate, on the safe side: Python, torch, SAPIEN, lavapipe, and one scene of each task."""
 MB_PER_ENVIRONMENT = 12
-"""Measured at 224 x 224: 1 to 10 MB for each scene more."""
+"""An estimate for each scene more; meshes and textures are shared."""
 
 
 @dataclass

@@ -118,8 +118,7 @@ def twin_class() -> type:
 
         def start(self, layouts: np.ndarray) -> None:
             """Begin an episode with source and target put at ``layouts`` [B, 2, 7] and left to come to rest."""
-            if not self.gpu_sim_enabled:
-                self._renew_physics()
+            self._renew_physics()
             self._layouts = layouts
             self._obs_mode = "none"  # reset would take a picture nobody looks at
             try:
@@ -165,16 +164,12 @@ def twin_class() -> type:
                 actor.set_pose(Pose.create_from_pq(p=pose[:, :3], q=pose[:, 3:]))
                 actor.set_linear_velocity(torch.zeros(self.num_envs, 3))
                 actor.set_angular_velocity(torch.zeros(self.num_envs, 3))
-            if self.gpu_sim_enabled:
-                self.scene._gpu_apply_all()
 
         def _settle_objects(self) -> None:
             """Upstream's rule: 0.1 s, and 1.2 s more where anything still moves."""
             for substeps in (50, 600):
                 for _ in range(substeps):
                     self.scene.step()
-                if self.gpu_sim_enabled:
-                    self.scene._gpu_fetch_all()
                 velocities = [
                     (actor.linear_velocity.norm(dim=1), actor.angular_velocity.norm(dim=1))
                     for actor in self.objs.values()
@@ -217,9 +212,6 @@ def twin_class() -> type:
             return np.array(self.objs[name].pose.p.cpu().numpy())
 
         def _contacts(self) -> Contacts:
-            return self._contacts_on_gpu() if self.gpu_sim_enabled else self._contacts_on_cpu()
-
-        def _contacts_on_cpu(self) -> Contacts:
             """One walk through the contacts; a pair counts from the original SimplerEnv's impulse on."""
             source, target = self.objs[self.task.source]._objs[0], self.objs[self.task.target]._objs[0]
             robot = {link._objs[0].entity for link in self.agent.robot.links}
@@ -239,21 +231,6 @@ def twin_class() -> type:
                     by_others |= presses
             force = np.linalg.norm(from_target) / self.scene.px.timestep
             return Contacts(np.array([force]), others=np.array([by_others]), robot=np.array([by_robot]))
-
-        def _contacts_on_gpu(self) -> Contacts:
-            """By pairs; what remains of the total force comes from others."""
-            source = self.objs[self.task.source]
-            between = self.scene.get_pairwise_contact_forces(source, self.objs[self.task.target])
-            fingers = [
-                self.scene.get_pairwise_contact_forces(source, finger)
-                for finger in (self.agent.finger1_link, self.agent.finger2_link)
-            ]
-            rest = source.get_net_contact_forces() - between - sum(fingers)
-            return Contacts(
-                target_force=between.norm(dim=1).cpu().numpy(),
-                others=(rest.norm(dim=1) > 0.05).cpu().numpy(),
-                robot=(sum(force.norm(dim=1) for force in fingers) > 0.05).cpu().numpy(),
-            )
 
         def at_rest(self) -> bool:
             """Whether the source lies about where it was put. A jittered eggplant can jump out of the sink."""
