@@ -193,10 +193,11 @@ class EvalConfig:
     """How success is measured. Everything here is part of the result file."""
 
     trials: int = 200
-    """Enumerated, held-back initial states of each task, as far as it has so many. 200 tells 15 points apart; 25
-    points need 60."""
+    """Episodes of each task, from its enumerated, held-back initial states as far as it has so many. 200 tells 15
+    points apart; 25 points need 60."""
     noise_seeds: int = 1
-    """How often each of those states is visited, with other policy noise each time: for suites with few states."""
+    """A task with fewer states visits all of them again, with other policy noise, until it has `trials` episodes or
+    each state was visited this often."""
     temperature: float = 0.6
     """Factor on the initial noise of the ODE sampler. It alone moves success by ten points, so before and
     after are always measured at the same one."""
@@ -245,8 +246,11 @@ class TrainConfig:
     inference_batch: int = 16
     """Rows the policy is run on at once while acting; padded, so that a row's result never depends on how
     many others there are."""
-    save_every: int = 10
-    """Iterations between policy checkpoints."""
+    save_every: int = 1
+    """Iterations between checkpoints. A run that was stopped goes on from the newest one, so this is what a crash can
+    cost; a large model takes some seconds to write."""
+    keep_checkpoints: int = 2
+    """How many of the newest checkpoints to keep; the best by evaluation is kept beside them."""
 
     def __post_init__(self) -> None:
         _check_common(self)
@@ -257,7 +261,8 @@ class TrainConfig:
             self.episodes_per_iteration,
             "at least 1",
         )
-        _require(self.save_every >= 1, "save_every", self.save_every, "at least 1")
+        for name in ("save_every", "keep_checkpoints"):
+            _require(getattr(self, name) >= 1, name, getattr(self, name), "at least 1")
         for name, weight in self.task_weights.items():
             _require(0 <= weight < math.inf, f"task_weights.{name}", weight, "0 or more and finite")
 

@@ -2,20 +2,23 @@
 
 import dataclasses
 import itertools
-from collections.abc import Callable, Sequence
+import json
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
+from torch import nn
 
 from rlvla.acting import Actor
 from rlvla.config import EvalConfig, EvaluateConfig
 from rlvla.policies.folder import load_policy
 from rlvla.report import write_report
 from rlvla.rollout import play
-from rlvla.run import Run, pick_device, require_fresh
+from rlvla.run import Run, check_output, pick_device
 from rlvla.seeding import Stream, keyed_rng
+from rlvla.trials import Outcome, Trial, TrialLog, evaluation_states, plan_trials, weights_digest
 from rlvla.workers import Envs, Round, open_envs
 from rlvla_algos.statistics import mcnemar_exact, paired_difference_interval, wilson_interval
 from rlvla_envs.base import EnvSpec, Observation, require_match
@@ -62,9 +65,15 @@ class Evaluation:
     notes: list[str]
     """What a reader of the numbers has to know, from the suite: for example that an asset is a stand-in."""
 
+    @classmethod
+    def read(cls, path: Path) -> "Evaluation":
+        """What `Run.evaluation` wrote."""
+        content = json.loads(path.read_text())
+        return cls(**content | {"interval": tuple(content["interval"])})
+
     def first_noise_seed(self) -> "Evaluation":
         """The part of the measurement that used the first noise seed."""
-        trials = self.trials // self.noise_seeds
+        trials = len(set(self.initial_states))
         total = sum(self.outcomes[:trials])
         return dataclasses.replace(
             self,
@@ -91,51 +100,41 @@ def evaluate(
     *,
     name: str,
     shown: Frames | None = None,
+    log: TrialLog | None = None,
     on_episodes: Callable[[int], None] = lambda _: None,
 ) -> tuple[Evaluation, Frames]:
     """Integrate the ODE from keyed noise on the held-back states of each task.
 
-    The result depends on weights, states and settings alone: not on the number of environments or actors.
+    The result depends on weights, states and settings alone: not on the number of environments or actors, nor on how
+    often it was stopped.
 
     Args:
         shown: the frames of an earlier evaluation on the same states. When given, every episode sees what its
             donor (`image_donors`) saw at the same decision: the shuffled-image probe.
+        log: episodes it holds are not played again; every other one is added as it ends.
 
     Returns:
-        The measurement, and the frames every episode saw with the first noise seed.
+        The measurement, and the frames that the episodes played now saw with the first noise seed.
     """
     spec = envs.spec
-    enumerated = evaluation_states(spec, config.trials)
-    states = enumerated * config.noise_seeds
-    tasks = [spec.task_of(state) for state in states]
-    donors = image_donors(tasks)
-    success = np.zeros(len(states), dtype=np.int64)
-    steps = np.zeros(len(states), dtype=np.int64)
-    beside: dict[str, np.ndarray] = {}
+    trials = plan_trials(spec, config)
+    tasks = [trial.task for trial in trials]
+    outcomes = dict(log.outcomes) if log else {}
+    missing = [episode for episode in range(len(trials)) if episode not in outcomes]
     seen: Frames = {}
-    ended = 0
 
-    def decide(observation: Observation, episode: np.ndarray, decision: np.ndarray) -> np.ndarray:
-        for i, (e, t) in enumerate(zip(episode, decision, strict=True)):
-            if e < len(enumerated):
-                seen[int(e), int(t)] = observation.row(i)
-        if shown is not None:
-            observation = _swap_images(observation, shown, donors, episode, decision)
-        rngs = [
-            keyed_rng(config.seed + e // len(enumerated), Stream.EVALUATION, states[e], int(t))
-            for e, t in zip(episode.tolist(), decision, strict=True)
-        ]
-        return actor.decide(observation, rngs, temperature=config.temperature).decision.action
+    def keep(episode: int, outcome: Outcome) -> None:
+        outcomes[episode] = outcome
+        if log:
+            log.add(episode, outcome)
+        on_episodes(len(outcomes))
 
-    for turn in play(envs, states, decide):
-        success[turn.episode] |= turn.result.success
-        steps[turn.episode] += turn.result.executed_steps
-        for metric, values in turn.result.metrics.items():
-            # Of an episode's decisions the last one stays.
-            beside.setdefault(metric, np.zeros(len(states)))[turn.episode] = values
-        ended += int(turn.result.done.sum())
-        on_episodes(ended)
-    total = int(success.sum())
+    donors = None if shown is None else image_donors(tasks)
+    play_trials(actor, envs, config, trials, missing, keep, seen=seen, shown=shown, donors=donors)
+
+    ended = [outcomes[episode] for episode in range(len(trials))]
+    success = [outcome.success for outcome in ended]
+    total = sum(success)
     measured = Evaluation(
         name=name,
         suite=spec.suite,
@@ -145,43 +144,73 @@ def evaluate(
         temperature=config.temperature,
         seed=config.seed,
         max_episode_steps=spec.max_episode_steps,
-        trials=len(states),
+        trials=len(trials),
         successes=total,
-        success=total / len(states),
-        interval=wilson_interval(total, len(states)),
-        outcomes=success.tolist(),
-        initial_states=states,
-        executed_steps=steps.tolist(),
+        success=total / len(trials),
+        interval=wilson_interval(total, len(trials)),
+        outcomes=success,
+        initial_states=[trial.state for trial in trials],
+        executed_steps=[outcome.steps for outcome in ended],
         noise_seeds=config.noise_seeds,
         task_index=tasks,
-        by_task=_by_task(spec.task_names(), tasks, success.tolist()),
+        by_task=_by_task(spec.task_names(), tasks, success),
         chunk_size=spec.chunk_size,
         variant=spec.variant,
-        metrics={metric: float(values.mean()) for metric, values in beside.items()},
+        metrics=_means([outcome.metrics for outcome in ended]),
         metrics_by_task={
-            task: {metric: float(values[np.array(tasks) == i].mean()) for metric, values in beside.items()}
-            for i, task in enumerate(spec.task_names())
+            task: _means([outcome.metrics for i, outcome in zip(tasks, ended, strict=True) if i == index])
+            for index, task in enumerate(spec.task_names())
         },
         notes=list(spec.notes),
     )
     return measured, seen
 
 
-def evaluation_states(spec: EnvSpec, trials: int) -> list[int]:
-    """``trials`` enumerated states of each task, or all it has.
+def play_trials(
+    actor: Actor,
+    envs: Envs,
+    config: EvalConfig,
+    trials: Sequence[Trial],
+    chosen: Sequence[int],
+    ended: Callable[[int, Outcome], None],
+    *,
+    seen: Frames,
+    shown: Frames | None = None,
+    donors: Sequence[int] | None = None,
+) -> None:
+    """Play the ``chosen`` ones of ``trials`` and tell ``ended`` of each; ``seen`` takes the frames of the first noise
+    seed."""
+    steps = np.zeros(len(trials), dtype=np.int64)
+    success = np.zeros(len(trials), dtype=np.int64)
+    number = np.asarray(chosen, dtype=np.int64)
 
-    Where a suite enumerates tasks the choice is spread evenly over each one's list, whose neighbours are alike;
-    elsewhere states are independent draws and the first ones will do.
-    """
-    if not spec.tasks:
-        return list(range(min(trials, spec.num_evaluation_states)))
-    counts = spec.evaluation_states_per_task
-    starts = np.cumsum([0, *counts[:-1]]).tolist()
-    return [
-        start + i * count // min(trials, count)
-        for start, count in zip(starts, counts, strict=True)
-        for i in range(min(trials, count))
-    ]
+    def decide(observation: Observation, row: np.ndarray, decision: np.ndarray) -> np.ndarray:
+        episodes = number[row].tolist()
+        for i, (e, t) in enumerate(zip(episodes, decision, strict=True)):
+            if trials[e].noise_seed == 0:
+                seen[e, int(t)] = observation.row(i)
+        if shown is not None and donors is not None:
+            observation = _swap_images(observation, shown, donors, number[row], decision)
+        rngs = [
+            keyed_rng(config.seed + trials[e].noise_seed, Stream.EVALUATION, trials[e].state, int(t))
+            for e, t in zip(episodes, decision, strict=True)
+        ]
+        return actor.decide(observation, rngs, temperature=config.temperature).decision.action
+
+    for turn in play(envs, [trials[e].state for e in chosen], decide):
+        episodes = number[turn.episode]
+        success[episodes] |= turn.result.success
+        steps[episodes] += turn.result.executed_steps
+        for i in np.flatnonzero(turn.result.done):
+            e = int(episodes[i])
+            # Of what the decisions of an episode measured the last one stays.
+            metrics = {name: float(values[i]) for name, values in turn.result.metrics.items()}
+            ended(e, Outcome(int(success[e]), int(steps[e]), metrics))
+
+
+def _means(metrics: Sequence[Mapping[str, float]]) -> dict[str, float]:
+    names = dict.fromkeys(name for row in metrics for name in row)
+    return {name: float(np.mean([row.get(name, 0.0) for row in metrics])) for name in names}
 
 
 def _by_task(names: tuple[str, ...], task_index: list[int], outcomes: list[int]) -> dict[str, dict[str, Any]]:
@@ -195,20 +224,40 @@ def _by_task(names: tuple[str, ...], task_index: list[int], outcomes: list[int])
 
 
 def measure(actor: Actor, envs: Envs, config: EvalConfig, record: Run, name: str, *, env_steps: int = 0) -> Evaluation:
-    """Success on all held-back states, the shuffled-image probe and the filmed episodes, all written to the run."""
-    states = len(evaluation_states(envs.spec, config.trials))
+    """Success on all held-back states, the shuffled-image probe and the filmed episodes, all written to the run.
+
+    What an earlier process finished is read, not measured again.
+    """
+    trials = plan_trials(envs.spec, config)
     once = dataclasses.replace(config, noise_seeds=1)
-    total, done = states * (config.noise_seeds + config.shuffled_images), 0
+    firsts = [episode for episode, trial in enumerate(trials) if trial.noise_seed == 0]
+    digest = weights_digest(cast(nn.Module, actor.policy))
+    total, done = len(trials) + len(firsts) * config.shuffled_images, 0
 
     def show(n: int) -> None:
         record.progress.bar(f"evaluation {name}", done + n, total)
 
-    own, frames = evaluate(actor, envs, config, name=name, on_episodes=show)
-    record.evaluation(own, env_steps)
+    def take(part: str, settings: EvalConfig, frames: Frames | None = None) -> tuple[Evaluation, Frames]:
+        path = record.folder / "evaluations" / f"{part}.json"
+        if path.exists():
+            return Evaluation.read(path), {}
+        setting = {"settings": dataclasses.asdict(settings), "spec": envs.spec.to_dict(), "policy": digest}
+        with TrialLog(path.with_suffix(".episodes.jsonl"), setting) as log:
+            if log.outcomes:
+                record.progress.note(f"evaluation {part}: {len(log.outcomes)} episodes were played before")
+            found = evaluate(actor, envs, settings, name=part, shown=frames, log=log, on_episodes=show)
+        record.evaluation(found[0], env_steps)
+        log.path.unlink()
+        return found
+
+    own, frames = take(name, config)
     if config.shuffled_images:
-        done = states * config.noise_seeds
-        blind, _ = evaluate(actor, envs, once, name=f"{name}-shuffled", shown=frames, on_episodes=show)
-        record.evaluation(blind, env_steps)
+        done = len(trials)
+        unseen = [episode for episode in firsts if (episode, 0) not in frames]
+        if unseen and not (record.folder / "evaluations" / f"{name}-shuffled.json").exists():
+            # Frames are not kept on disk; those of episodes that an earlier process played are drawn again.
+            play_trials(actor, envs, config, trials, unseen, lambda *_: None, seen=frames)
+        blind, _ = take(f"{name}-shuffled", once, frames)
         sighted = own.first_noise_seed()
         difference = compare(blind, sighted)
         record.update_json(
@@ -221,9 +270,11 @@ def measure(actor: Actor, envs: Envs, config: EvalConfig, record: Run, name: str
                 f"the policy may be blind: success {sighted.success:.2f} with its own images, "
                 f"{blind.success:.2f} with another environment's (p = {difference['p_value']:.2g})",
             )
-    videos = film(actor, envs, config, record.folder / "videos", name)
-    if videos:
-        record.update_json("videos/index.json", videos)
+    index = record.folder / "videos" / "index.json"
+    if not index.exists() or all(entry["phase"] != name for entry in json.loads(index.read_text())):
+        videos = film(actor, envs, config, record.folder / "videos", name)
+        if videos:
+            record.update_json("videos/index.json", videos)
     return own
 
 
@@ -368,25 +419,28 @@ def run(config: EvaluateConfig) -> dict[str, Any]:
     """Measure ``config.policy`` on ``config.suite``; the result is under ``config.output``."""
     device = pick_device(config.device)
     policy = load_policy(Path(config.policy), device)
-    require_fresh(config.output)
+    check_output(config, "eval")
     actor = Actor(policy, block=config.inference_batch, device=device)
     envs = open_envs(config.suite, config.workers)
     try:
         require_match(policy.env_spec, envs.spec)
         with Run.open(config, "eval", total=config.eval.trials) as record:
+            record.require_policy(weights_digest(policy))
             own = measure(actor, envs, config.eval, record, "eval")
+            summary = {
+                "task": own.task,
+                "success": own.success,
+                "interval": list(own.interval),
+                "trials": own.trials,
+                "temperature": own.temperature,
+                **({"by_task": own.by_task} if len(own.by_task) > 1 else {}),
+                **({"metrics": own.metrics} if own.metrics else {}),
+                **({"notes": own.notes} if own.notes else {}),
+                "policy": config.policy,
+                "report": str(Path(config.output) / "report.html"),
+            }
+            record.finish(summary)
             write_report(record.folder)
+            return summary
     finally:
         envs.close()
-    return {
-        "task": own.task,
-        "success": own.success,
-        "interval": list(own.interval),
-        "trials": own.trials,
-        "temperature": own.temperature,
-        **({"by_task": own.by_task} if len(own.by_task) > 1 else {}),
-        **({"metrics": own.metrics} if own.metrics else {}),
-        **({"notes": own.notes} if own.notes else {}),
-        "policy": config.policy,
-        "report": str(Path(config.output) / "report.html"),
-    }

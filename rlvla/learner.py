@@ -1,6 +1,8 @@
 """The learner: epochs of minibatches of one loss, a trust region measured exactly, and checks that fail loudly."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -65,6 +67,22 @@ class Learner:
     @property
     def policy_lr(self) -> float:
         return float(self._policy_optimizer.param_groups[0]["lr"])
+
+    def state_dict(self) -> dict[str, Any]:
+        """Everything but the policy's weights that an update changes: tensors and numbers only."""
+        return {
+            "value_head": self.value_head.state_dict(),
+            "policy_optimizer": self._policy_optimizer.state_dict(),
+            "value_optimizer": self._value_optimizer.state_dict(),
+            "lr_scale": self._lr_scale,
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go on from a `state_dict`; the policy's weights are loaded by whoever owns them."""
+        self.value_head.load_state_dict(state["value_head"])
+        self._policy_optimizer.load_state_dict(state["policy_optimizer"])
+        self._value_optimizer.load_state_dict(state["value_optimizer"])
+        self._lr_scale = float(state["lr_scale"])
 
     def target_kl(self, iteration: int) -> float:
         """Linear from ``target_kl`` in the first iteration to ``final_target_kl`` in the last."""

@@ -119,8 +119,6 @@ def collect(
             keyed_rng(seed, Stream.ROLLOUT, iteration, int(e), int(t)) for e, t in zip(episode, decision, strict=True)
         ]
         thought = actor.decide(observation, rngs, temperature=1.0, schedule=schedule)
-        with torch.no_grad():
-            value = value_head(policy.value_features(thought.context))
         made = thought.decision
         source = {"context": thought.context.to_tensordict()} if store_context else {"batch": thought.batch}
         pieces.append(
@@ -132,9 +130,9 @@ def collect(
                     "mean": made.mean,
                     "log_prob": made.log_prob,
                     "step": made.step,
-                    "state_value": value,
+                    "value_features": policy.value_features(thought.context),
                 },
-                batch_size=[len(value)],
+                batch_size=[len(made.step)],
                 device=device,
             )
         )
@@ -164,6 +162,10 @@ def collect(
         on_episodes(ended)
 
     rollout = _arrange(pieces, np.concatenate(rows), len(initial_states), envs.spec.max_decisions)
+    # Values of all decisions at once: a value's last bit depends on how many rows the critic is run on, and how many
+    # act at a time depends on how many simulators there are.
+    with torch.no_grad():
+        rollout["state_value"] = value_head(rollout.pop("value_features")) * rollout["valid"]
     _add_next_values(rollout, actor, value_head, finals)
     executed = torch.arange(policy.horizon, device=device) < rollout["next", "executed_steps"][..., None]
     rollout["mask"] = executed[..., None] & policy.action_mask()
@@ -200,6 +202,8 @@ def _add_next_values(
     following[:, :-1] = value[:, 1:]
     following[rollout["next", "done"]] = 0
     if finals:
+        # In the order of episodes, not of arrival, for the same reason as above.
+        finals = sorted(finals, key=lambda final: final[:2])
         context: Context = actor.encode(Observation.concatenate([o for _, _, o in finals]))
         with torch.no_grad():
             final_value = value_head(actor.policy.value_features(context))

@@ -1,6 +1,7 @@
 """A run is a folder that explains itself: configuration, versions, metrics, policies, videos, report."""
 
 import contextlib
+import fcntl
 import json
 import os
 import platform
@@ -11,42 +12,60 @@ from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Self
+from typing import IO, Any, Self
+
+import yaml  # type: ignore[import-untyped, unused-ignore]
 
 from rlvla.compose import to_yaml
 from rlvla.config import ConfigError
 from rlvla.progress import Progress
 
+RESUMABLE = ("train", "eval")
+FREE_TO_CHANGE = ("output", "device", "workers", "save_every", "keep_checkpoints")
+"""Settings that no result depends on: a run may go on with others."""
+
 
 class Run:
     """The folder of one run, its metrics file and its progress display."""
 
-    def __init__(self, folder: Path, title: str, total: int) -> None:
+    def __init__(self, folder: Path, title: str, total: int, *, resumed: bool = False) -> None:
         self.folder = folder
+        self.resumed = resumed
+        """The folder holds the beginning of this very run."""
         self.progress = Progress()
-        self._started = time.monotonic()
-        self._metrics = (folder / "metrics.jsonl").open("a", buffering=1)
+        self._lock = _lock(folder)
         self._last: dict[str, Any] = {}
+        path = folder / "metrics.jsonl"
+        self._mend(path)
+        # The clock counts on; the time in which nothing ran is left out.
+        self._started = time.monotonic() - 60 * float(self._last.get("minutes") or 0.0)
+        self._metrics = path.open("a", buffering=1)
         self.progress.start(title, total)
 
     @classmethod
     def open(cls, config: Any, verb: str, *, total: int) -> Self:
-        """Create the folder and write what is known before anything runs.
+        """Create the folder and write what is known before anything runs; or go on in the folder of an unfinished run.
 
         Raises:
-            ConfigError: the folder already holds a finished or foreign run.
+            ConfigError: as `check_output`.
         """
-        folder = require_fresh(config.output)
+        resumed = check_output(config, verb)
+        folder = Path(config.output)
         try:
             folder.mkdir(parents=True, exist_ok=True)
-            (folder / "config.yaml").write_text(to_yaml(config))
-            (folder / "versions.json").write_text(json.dumps(versions(), indent=2) + "\n")
+            if not resumed:
+                (folder / "config.yaml").write_text(to_yaml(config))
+                (folder / "versions.json").write_text(json.dumps(versions(), indent=2) + "\n")
+                (folder / "run.json").write_text(json.dumps({"verb": verb}) + "\n")
         except OSError as error:
             raise RuntimeError(
                 f"cannot write to {folder}: {error}. Free some space or choose another output=."
             ) from error
         suite = getattr(config, "suite", None)
-        return cls(folder, f"{verb} {suite.task if suite else ''}".strip(), total)
+        record = cls(folder, f"{verb} {suite.task if suite else ''}".strip(), total, resumed=resumed)
+        if resumed:
+            record.progress.note(f"{folder} holds an unfinished run; going on with it")
+        return record
 
     def __enter__(self) -> Self:
         return self
@@ -56,9 +75,45 @@ class Run:
     ) -> None:
         self.progress.close()
         self._metrics.close()
+        self._lock.close()
+
+    def require_policy(self, digest: str) -> None:
+        """Note which weights the run starts from, or compare them with those it started from.
+
+        Raises:
+            ConfigError: they are others.
+        """
+        known = json.loads((self.folder / "run.json").read_text())
+        if known.setdefault("policy_sha256", digest) != digest:
+            raise ConfigError(
+                f"the policy's weights are not those that {self.folder} started from. Give the policy it started from, "
+                "or choose another output=."
+            )
+        self.write_json("run.json", known)
+
+    def metrics_bytes(self) -> int:
+        """Length of metrics.jsonl so far."""
+        self._metrics.flush()
+        return (self.folder / "metrics.jsonl").stat().st_size
+
+    def truncate_metrics(self, length: int) -> None:
+        """Cut off what was logged after a checkpoint."""
+        self._metrics.flush()
+        os.truncate(self.folder / "metrics.jsonl", length)
+
+    def _mend(self, path: Path) -> None:
+        """Read what is known, and drop a last line that a crash cut short."""
+        if not path.exists():
+            return
+        content = path.read_bytes()
+        whole = content.rfind(b"\n") + 1
+        for line in content[:whole].splitlines():
+            self._last |= json.loads(line)
+        if whole < len(content):
+            os.truncate(path, whole)
 
     def minutes(self) -> float:
-        """Wall-clock minutes since the run began."""
+        """Wall-clock minutes since the run began, those of earlier processes included."""
         return (time.monotonic() - self._started) / 60
 
     def log(self, row: Mapping[str, Any]) -> None:
@@ -98,7 +153,6 @@ class Run:
 
     def evaluation(self, measured: Any, env_steps: int) -> None:
         """Record one `rlvla.evaluate.Evaluation`: its file, a line in the metrics, a line on the screen."""
-        self.write_json(f"evaluations/{measured.name}.json", asdict(measured))
         per_task = measured.by_task.items() if len(measured.by_task) > 1 else ()
         self.log(
             {
@@ -120,24 +174,65 @@ class Run:
             + "".join(f"\n  {name}: {value:.3f}" for name, value in measured.metrics.items())
             + "".join(f"\n  note: {note}" for note in measured.notes)
         )
+        # The file last: who finds it after a crash knows that the line above stands.
+        self.write_json(f"evaluations/{measured.name}.json", asdict(measured))
 
     def finish(self, summary: dict[str, Any]) -> None:
         self.write_json("summary.json", summary)
 
 
-def require_fresh(output: str) -> Path:
-    """The run folder, which must not hold anything yet.
+def check_output(config: Any, verb: str) -> bool:
+    """Whether ``config.output`` holds the beginning of this run; False where it holds nothing.
 
     Raises:
-        ConfigError: it does.
+        ConfigError: it holds something else: another run, a finished one, or this one with other settings.
     """
-    folder = Path(output)
-    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+    folder = Path(config.output)
+    if not folder.exists() or (folder.is_dir() and not any(folder.iterdir())):
+        return False
+    try:
+        begun = json.loads((folder / "run.json").read_text())["verb"]
+    except (OSError, ValueError, KeyError, TypeError):
+        begun = None
+    advice = "Choose another output=, or remove it first: a run never overwrites another."
+    if begun is None or not (folder / "config.yaml").is_file():
+        raise ConfigError(f"output is {folder}, which is not empty. {advice}")
+    if (folder / "summary.json").exists():
+        raise ConfigError(f"output is {folder}, which holds a finished {begun} run. {advice}")
+    if begun != verb or verb not in RESUMABLE:
+        raise ConfigError(f"output is {folder}, which holds an unfinished {begun} run. {advice}")
+    differing = _differences(yaml.safe_load((folder / "config.yaml").read_text()), yaml.safe_load(to_yaml(config)))
+    if differing:
         raise ConfigError(
-            f"output is {folder}, which is not empty. Choose another output=, or remove it first: "
-            "a run never overwrites another."
+            f"{folder} holds an unfinished {verb} run with other settings: {'; '.join(differing)}. Give the same ones "
+            "to go on with it, or choose another output=."
         )
-    return folder
+    return True
+
+
+def _differences(before: Any, now: Any, prefix: str = "") -> list[str]:
+    """Dotted keys whose values differ, with both values; `FREE_TO_CHANGE` is left out."""
+    if isinstance(before, dict) and isinstance(now, dict):
+        keys = [key for key in {**before, **now} if prefix or key not in FREE_TO_CHANGE]
+        return [line for key in keys for line in _differences(before.get(key), now.get(key), f"{prefix}{key}.")]
+    return [] if before == now else [f"{prefix[:-1]} was {before} and is {now}"]
+
+
+def _lock(folder: Path) -> IO[str]:
+    """Hold the folder until the process ends, however it ends.
+
+    Raises:
+        ConfigError: another process holds it.
+    """
+    file = (folder / ".lock").open("w")
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        file.close()
+        raise ConfigError(
+            f"another process is writing to {folder}. Wait for it, stop it, or choose another output=."
+        ) from error
+    return file
 
 
 def pick_device(name: str) -> str:

@@ -9,16 +9,19 @@ import torch
 from tensordict import TensorDict
 
 from rlvla.acting import Actor
+from rlvla.checkpoints import Checkpoints, TrainState
 from rlvla.config import AlgoConfig, Discount, TrainConfig
 from rlvla.evaluate import Evaluation, compare, evaluate, measure
 from rlvla.learner import Learner
 from rlvla.mixing import check_weights, task_weights, training_states
 from rlvla.policies.base import ValueHead
-from rlvla.policies.folder import load_policy, save_policy
+from rlvla.policies.folder import load_policy, load_weights, save_policy
+from rlvla.policies.qwen_vla import QwenVLA
 from rlvla.report import write_report
 from rlvla.rollout import collect
-from rlvla.run import Run, pick_device, require_fresh
+from rlvla.run import Run, check_output, pick_device
 from rlvla.seeding import seed_torch
+from rlvla.trials import weights_digest
 from rlvla.workers import open_envs
 from rlvla_algos.flow import flow_sde_schedule
 from rlvla_algos.gae import generalized_advantage_estimate
@@ -44,20 +47,35 @@ def run(config: TrainConfig) -> dict[str, Any]:
     learner = Learner(policy, value_head, config.algo, schedule, seed=config.seed, total_iterations=config.iterations)
     actor = Actor(policy, block=config.inference_batch, device=device)
 
-    require_fresh(config.output)
+    check_output(config, "train")
     envs = open_envs(config.suite, config.workers)
     try:
         require_match(policy.env_spec, envs.spec)
         check_weights(config, envs.spec)
         with Run.open(config, "train", total=config.iterations) as record:
-            before = measure(actor, envs, config.eval, record, "before", env_steps=0)
-            env_steps = 0
-            measured: Evaluation | None = before
-            difficulty = {name: rate["success"] for name, rate in before.by_task.items()}
+            record.require_policy(weights_digest(policy))
+            checkpoints = Checkpoints(record.folder / "checkpoints", config.keep_checkpoints)
 
-            for iteration in range(config.iterations):
+            def write_checkpoint(folder: Path) -> None:
+                save_policy(policy, folder / "policy")
+                torch.save(learner.state_dict(), folder / "learner.pt")
+
+            before = measure(actor, envs, config.eval, record, "before", env_steps=0)
+            state = resume(checkpoints, record, policy, learner)
+            if state is None:
+                state = TrainState(
+                    iterations=0,
+                    env_steps=0,
+                    difficulty={name: rate["success"] for name, rate in before.by_task.items()},
+                    unseen_evaluation=before.name,
+                    metrics_bytes=record.metrics_bytes(),
+                    success=before.success,
+                )
+                checkpoints.save(state, write_checkpoint)
+
+            for iteration in range(state.iterations, config.iterations):
                 started = record.minutes()
-                weights = task_weights(config, envs.spec.task_names(), difficulty)
+                weights = task_weights(config, envs.spec.task_names(), state.difficulty)
                 states = training_states(
                     envs.spec, weights, config.episodes_per_iteration, seed=config.seed, iteration=iteration
                 )
@@ -77,7 +95,7 @@ def run(config: TrainConfig) -> dict[str, Any]:
                 add_advantages(rollout, config.algo)
                 updated = learner.update(rollout, iteration)
 
-                env_steps += int(rollout["next", "executed_steps"].sum())
+                env_steps = state.env_steps + int(rollout["next", "executed_steps"].sum())
                 row: dict[str, Any] = {
                     "kind": "iteration",
                     "iteration": iteration,
@@ -89,24 +107,36 @@ def run(config: TrainConfig) -> dict[str, Any]:
                     "time/rollout_s": 60 * (collected - started),
                     "time/update_s": 60 * (record.minutes() - collected),
                 }
-                if measured is not None:
+                if state.unseen_evaluation is not None:
                     # The rollout and the last evaluation had the same weights: the samplers alone differ.
-                    row["rollout/sde_gap"] = sde_gap(row, measured)
-                    measured = None
+                    evaluation = Evaluation.read(record.folder / "evaluations" / f"{state.unseen_evaluation}.json")
+                    row["rollout/sde_gap"] = sde_gap(row, evaluation)
                 row["speed/env_steps_per_s"] = row["rollout/env_steps"] / row["time/rollout_s"]
                 record.log(row)
                 record.progress.iteration(row)
                 sound_alarms(record, row, config.algo)
+                measured: Evaluation | None = None
                 if config.eval.every and (iteration + 1) % config.eval.every == 0:
                     quarter = replace(config.eval, trials=-(-config.eval.trials // 4), noise_seeds=1)
                     measured, _ = evaluate(actor, envs, quarter, name=f"iteration-{iteration + 1:04d}")
                     record.evaluation(measured, env_steps)
-                    difficulty = {name: rate["success"] for name, rate in measured.by_task.items()}
-                if (iteration + 1) % config.save_every == 0:
-                    save_policy(policy, record.folder / "checkpoints" / f"iteration-{iteration + 1:04d}")
+                state = TrainState(
+                    iterations=iteration + 1,
+                    env_steps=env_steps,
+                    difficulty=(
+                        state.difficulty
+                        if measured is None
+                        else {name: rate["success"] for name, rate in measured.by_task.items()}
+                    ),
+                    unseen_evaluation=None if measured is None else measured.name,
+                    metrics_bytes=record.metrics_bytes(),
+                    success=None if measured is None else measured.success,
+                )
+                if (iteration + 1) % config.save_every == 0 or iteration + 1 == config.iterations:
+                    checkpoints.save(state, write_checkpoint)
 
             save_policy(policy, record.folder / "policy")
-            after = measure(actor, envs, config.eval, record, "after", env_steps=env_steps)
+            after = measure(actor, envs, config.eval, record, "after", env_steps=state.env_steps)
 
             comparison = compare(before, after)
             record.write_json("comparison.json", comparison)
@@ -118,7 +148,7 @@ def run(config: TrainConfig) -> dict[str, Any]:
                 "p_value": comparison["p_value"],
                 **({"by_task": comparison["by_task"]} if "by_task" in comparison else {}),
                 **({"notes": before.notes} if before.notes else {}),
-                "env_steps": env_steps,
+                "env_steps": state.env_steps,
                 "minutes": round(record.minutes(), 2),
                 "report": str(record.folder / "report.html"),
             }
@@ -127,6 +157,26 @@ def run(config: TrainConfig) -> dict[str, Any]:
             return summary
     finally:
         envs.close()
+
+
+def resume(checkpoints: Checkpoints, record: Run, policy: QwenVLA, learner: Learner) -> TrainState | None:
+    """Put the newest good checkpoint into ``policy`` and ``learner``; None where there is none yet.
+
+    Raises:
+        ValueError: as `Checkpoints.newest`.
+    """
+    damaged: list[str] = []
+    found = checkpoints.newest(damaged.append)
+    if found is None:
+        return None
+    folder, state = found
+    load_weights(policy, folder / "policy" / "model.safetensors")
+    learner.load_state_dict(torch.load(folder / "learner.pt", weights_only=True))
+    record.truncate_metrics(state.metrics_bytes)
+    for problem in damaged:
+        record.alarm(f"iteration {state.iterations}", problem)
+    record.progress.note(f"going on after iteration {state.iterations}, from {folder}")
+    return state
 
 
 @torch.no_grad()

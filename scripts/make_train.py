@@ -4,11 +4,11 @@
 
 The verbs with the settings of configs/recipe/RECIPE.yaml; where that has an `eval` part, the SFT checkpoint and the
 refined policy are measured with it too. Stages that are finished are kept, so a run that was stopped goes on with the
-stage it was in, from that stage's beginning. The last line on stdout is one JSON object.
+stage it was in: PPO after its newest checkpoint, an evaluation with the episodes it lacks, the others from their
+beginning. The last line on stdout is one JSON object.
 """
 
 import argparse
-import itertools
 import json
 import shutil
 import subprocess
@@ -39,16 +39,13 @@ def main() -> None:
         shutil.rmtree(sft, ignore_errors=True)
         spent.on("sft", lambda: rlvla("sft", recipe["sft"], dataset=dataset, output=sft))
     if not (ppo / "summary.json").exists():
-        put_aside(ppo)
         spent.on(
             f"train-{arguments.seed}",
             lambda: rlvla("train", recipe["train"], policy=sft / "policy", output=ppo, seed=arguments.seed),
         )
 
     for policy, folder in ((sft, output / "eval-sft"), (ppo, output / f"eval-seed{arguments.seed}")):
-        # An evaluation writes its report last.
-        if "eval" in recipe and not (folder / "report.html").exists():
-            shutil.rmtree(folder, ignore_errors=True)
+        if "eval" in recipe and not (folder / "summary.json").exists():
             spent.on(
                 folder.name, lambda p=policy, f=folder: rlvla("eval", recipe["eval"], policy=p / "policy", output=f)
             )
@@ -57,14 +54,6 @@ def main() -> None:
     summary["minutes"] = round(spent.total("collect", "sft", f"train-{arguments.seed}"), 2)
     print(f"report: {summary['report']}", file=sys.stderr)
     print(json.dumps(summary))
-
-
-def put_aside(folder: Path) -> None:
-    """A stage that was stopped starts anew; what it had, checkpoints among it, is kept under another name."""
-    if folder.exists():
-        number = next(n for n in itertools.count(1) if not folder.with_name(f"{folder.name}.stopped-{n}").exists())
-        kept = folder.rename(folder.with_name(f"{folder.name}.stopped-{number}"))
-        print(f"{folder.name} had not finished; it starts anew, its files are in {kept}", file=sys.stderr)
 
 
 class Minutes:
@@ -77,10 +66,13 @@ class Minutes:
     def on(self, stage: str, work: object) -> None:
         started = time.monotonic()
         assert callable(work)
-        work()
-        self.stages[stage] = (time.monotonic() - started) / 60
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        self.path.write_text(json.dumps(self.stages, indent=1) + "\n")
+        try:
+            work()
+        finally:
+            # A stage that is stopped and continued has cost both times.
+            self.stages[stage] = self.stages.get(stage, 0.0) + (time.monotonic() - started) / 60
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            self.path.write_text(json.dumps(self.stages, indent=1) + "\n")
 
     def total(self, *stages: str) -> float:
         return sum(self.stages.get(stage, 0.0) for stage in stages)

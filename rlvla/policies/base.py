@@ -155,6 +155,6 @@ class ValueHead(nn.Module):
             size = hidden
         self.layers = nn.Sequential(*layers, nn.Linear(size, 1))
 
-    def forward(self, features: Float[Tensor, "B V"]) -> Float[Tensor, " B"]:
+    def forward(self, features: Float[Tensor, "*B V"]) -> Float[Tensor, "*B"]:
         value: Tensor = self.layers(features.float())
-        return value[:, 0]
+        return value[..., 0]

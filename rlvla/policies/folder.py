@@ -91,7 +91,7 @@ def load_policy(folder: Path, device: str = "cpu") -> QwenVLA:
         raise ValueError(f"{folder} is damaged: {type(error).__name__}: {error}. Copy or write it again.") from error
     _check_stats(stats, spec, folder / "action_stats.json")
     policy = QwenVLA(config, spec, stats, tokenizer)
-    _load_weights(policy, folder / "model.safetensors")
+    load_weights(policy, folder / "model.safetensors")
     return policy.to(device)
 
 
@@ -129,7 +129,12 @@ def _read_config(path: Path) -> tuple[Any, EnvSpec]:
         raise ValueError(f"{path}: {error}") from error
 
 
-def _load_weights(policy: nn.Module, path: Path) -> None:
+def load_weights(policy: nn.Module, path: Path) -> None:
+    """Load a safetensors file into a policy: every tensor finds its place.
+
+    Raises:
+        ValueError: a damaged file, or tensors that are missing, left over or of another shape.
+    """
     from safetensors import SafetensorError
     from safetensors.torch import load_file
 

@@ -131,6 +131,20 @@ def test_a_result_does_not_depend_on_how_many_environments_measure_it(sft_policy
     assert results[0].executed_steps == results[1].executed_steps
 
 
+@pytest.mark.parametrize("num_slots", [3, 24])
+def test_a_rollout_does_not_depend_on_how_many_environments_make_it(sft_policy: Path, num_slots: int) -> None:
+    rollouts = []
+    for slots in (1, num_slots):
+        envs = toy_envs("local", 1, slots)
+        rollouts.append(make_rollout(sft_policy, envs, episodes=12)[0])
+        envs.close()
+    assert_equal_rollouts(*rollouts)
+    # Every decision was valued, and nothing past an episode's end.
+    valid = rollouts[0]["valid"]
+    assert not valid.all()
+    assert ((rollouts[0]["state_value"] != 0) == valid).all()
+
+
 def test_two_runs_with_one_seed_give_the_same_weights(sft_policy: Path, tmp_path: Path) -> None:
     weights = []
     for name in ("a", "b"):

@@ -1,13 +1,17 @@
 """Measurements that compare: which states are visited, task by task, and what two evaluations say together."""
 
+from collections import Counter
+from contextlib import suppress
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 
 from rlvla.config import EvalConfig
-from rlvla.evaluate import Evaluation, compare, evaluate, evaluation_states, filmed_states, image_donors
+from rlvla.evaluate import Evaluation, compare, evaluate, filmed_states, image_donors
+from rlvla.trials import TrialLog, evaluation_states
 from rlvla_envs.base import ChunkResult, EnvSpec, Observation
 
 NAMES = ("carrot", "spoon")
@@ -97,6 +101,53 @@ def test_every_noise_seed_draws_other_noise() -> None:
 @pytest.mark.parametrize("num_slots", [1, 2, 7])
 def test_the_number_of_simulators_changes_no_outcome(num_slots: int) -> None:
     assert measured(num_slots, noise_seeds=4)[0].outcomes == measured(3, noise_seeds=4)[0].outcomes
+
+
+def test_a_task_with_many_states_is_not_visited_more_often_than_its_trials_ask() -> None:
+    # Three carrots and two spoons, six trials of each: two visits to a carrot, three to a spoon.
+    result, _ = measured(trials=6, noise_seeds=9)
+    assert result.initial_states == [0, 1, 2, 3, 4, 0, 1, 2, 3, 4, 3, 4]
+    assert [result.by_task[name]["trials"] for name in NAMES] == [6, 6]
+    assert result.first_noise_seed().initial_states == [0, 1, 2, 3, 4]
+
+
+@pytest.mark.parametrize("stopped_after", [0, 1, 4, 14, 15])
+def test_an_evaluation_that_was_stopped_plays_the_other_episodes_only(tmp_path: Path, stopped_after: int) -> None:
+    straight, _ = measured(noise_seeds=3)
+    actor: Any = Actor()
+    settings = EvalConfig(noise_seeds=3)
+    first: Any = Envs(2)
+
+    class StopError(Exception):
+        pass
+
+    def stop(ended: int) -> None:
+        if ended > stopped_after:
+            raise StopError
+
+    with suppress(StopError), TrialLog(tmp_path / "log", {"policy": 1}) as log:
+        evaluate(actor, first, settings, name="x", log=log, on_episodes=stop)
+    # A kill tears the last line.
+    (tmp_path / "log").write_text((tmp_path / "log").read_text() + '{"episode": 1')
+
+    second: Any = Envs(5)
+    with TrialLog(tmp_path / "log", {"policy": 1}) as log:
+        played = list(log.outcomes)
+        resumed, _ = evaluate(actor, second, settings, name="x", log=log)
+    assert resumed == straight
+    assert len(played) == min(stopped_after + 1, 15)
+    assert len(second.visited) == 15 - len(played)
+    counts = Counter(second.visited) + Counter(straight.initial_states[e] for e in played)
+    assert counts == Counter([0, 1, 2, 3, 4] * 3)
+
+
+def test_a_log_of_another_policy_is_begun_anew(tmp_path: Path) -> None:
+    actor: Any = Actor()
+    for policy in (1, 2):
+        envs: Any = Envs(2)
+        with TrialLog(tmp_path / "log", {"policy": policy}) as log:
+            evaluate(actor, envs, EvalConfig(), name="x", log=log)
+        assert len(envs.visited) == 5
 
 
 def test_the_first_noise_seed_alone_is_the_measurement_with_one() -> None:
