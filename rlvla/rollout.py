@@ -18,7 +18,7 @@ from rlvla.policies.base import Context, ValueHead, pad_tokens
 from rlvla.seeding import Stream, keyed_rng
 from rlvla.workers import Envs, Round
 from rlvla_algos.flow import Schedule
-from rlvla_envs.base import ChunkResult, Observation
+from rlvla_envs.base import ChunkResult, EnvSpec, Observation
 
 Decide = Callable[[Observation, np.ndarray, np.ndarray], np.ndarray]
 """(observation of B rows, episode [B], decision index [B]) -> actions [B, H, C] in env units."""
@@ -36,17 +36,20 @@ class Turn:
 def play(envs: Envs, initial_states: Sequence[int], decide: Decide) -> Iterator[Turn]:
     """Play one episode from every initial state and yield each round of decisions.
 
-    A slot whose episode ended restarts while the others run their next chunk: a render each, so nobody waits.
+    A slot whose episode ended restarts while the others run their next chunk: a render each, so nobody waits. Where
+    slots restart in groups, a group waits for its last episode and then takes the next ones of one task.
     """
     queue = deque(enumerate(initial_states))
+    size = envs.group_size
     waiting: dict[int, Observation] = {}
     playing: dict[int, tuple[int, int]] = {}
     while queue or playing:
         restarts: list[tuple[int, int, int]] = []
-        for slot in range(envs.num_slots):
-            if slot not in playing and queue:
-                episode, state = queue.popleft()
-                restarts.append((slot, episode, state))
+        for first_slot in range(0, envs.num_slots, size):
+            group = range(first_slot, first_slot + size)
+            if queue and not any(slot in playing for slot in group):
+                taken = _take_of_one_task(queue, envs.spec, size)
+                restarts += [(slot, *episode) for slot, episode in zip(group, taken, strict=False)]
         slots = sorted(waiting)
         episodes = np.array([playing[s][0] for s in slots], dtype=np.int64)
         decisions = np.array([playing[s][1] for s in slots], dtype=np.int64)
@@ -74,6 +77,17 @@ def play(envs: Envs, initial_states: Sequence[int], decide: Decide) -> Iterator[
             assert first is not None
             playing[slot] = (episode, 0)
             waiting[slot] = first.row(row)
+
+
+def _take_of_one_task(queue: deque[tuple[int, int]], spec: EnvSpec, number: int) -> list[tuple[int, int]]:
+    """Remove up to ``number`` (episode, state) pairs of the first one's task, in their order."""
+    taken = [queue.popleft()]
+    passed: list[tuple[int, int]] = []
+    while queue and len(taken) < number:
+        pair = queue.popleft()
+        (taken if spec.task_of(pair[1]) == spec.task_of(taken[0][1]) else passed).append(pair)
+    queue.extendleft(reversed(passed))
+    return taken
 
 
 def collect(

@@ -22,6 +22,7 @@ from rlvla_envs.base import (
     Demonstrator,
     EnvSpec,
     Filmable,
+    Grouped,
     Observation,
     SuiteConfig,
     VecEnv,
@@ -46,6 +47,8 @@ class Envs(Protocol):
 
     spec: EnvSpec
     num_slots: int
+    group_size: int
+    """Slots restart together in groups of so many (`Grouped`); 1 almost everywhere."""
 
     def advance(self, todo: Round) -> tuple[Observation | None, ChunkResult | None]:
         """First observations of the restarted slots and results of the chunks, both in the order asked."""
@@ -90,7 +93,7 @@ class LocalEnvs:
 
     def __init__(self, suite: SuiteConfig, num_slots: int) -> None:
         self._env = make_env(suite, num_slots)
-        self.spec, self.num_slots = self._env.spec, num_slots
+        self.spec, self.num_slots, self.group_size = self._env.spec, num_slots, _group_size(self._env)
 
     def advance(self, todo: Round) -> tuple[Observation | None, ChunkResult | None]:
         first = result = None
@@ -129,6 +132,7 @@ class RayEnvs:
         except BaseException:
             self.close()
             raise
+        self.group_size = int(specs[0].pop("group_size"))
         self.spec = EnvSpec.from_dict(specs[0])
         self.num_slots = num_actors * envs_per_actor
 
@@ -223,7 +227,7 @@ class _SimulatorHost:
     def spec(self) -> dict[str, Any]:
         """Builds the simulators: here and not in the constructor, so that an error arrives as itself."""
         self._env = make_env(self._suite, self._num_envs)
-        return self._env.spec.to_dict()
+        return self._env.spec.to_dict() | {"group_size": _group_size(self._env)}
 
     def advance(self, request: Arrays) -> Arrays:
         env = self._ready()
@@ -302,6 +306,10 @@ def _unpack_demonstration(arrays: Arrays) -> Demonstration:
         instruction=str(arrays["instruction"]),
         success=bool(arrays["success"]),
     )
+
+
+def _group_size(env: VecEnv) -> int:
+    return env.group_size if isinstance(env, Grouped) else 1
 
 
 def _require_expert(env: VecEnv) -> Demonstrator:

@@ -253,6 +253,17 @@ class Demonstrator(Protocol):
 
 
 @runtime_checkable
+class Grouped(Protocol):
+    """A world whose slots restart only together: a simulation that steps all its scenes at once, as on a GPU.
+
+    Slots 0 to group_size - 1 are the first group, and so on. `VecEnv.reset` names slots of one group while none of it
+    runs, with initial states of one task; slots of the group that are left out stay idle.
+    """
+
+    group_size: int
+
+
+@runtime_checkable
 class Filmable(Protocol):
     """A world that can be watched: a frame for people, of any size, at every step."""
 

@@ -40,10 +40,15 @@ ACTION = (
 LOW = np.concatenate([np.full(c.size, c.low, np.float32) for c in ACTION])
 HIGH = np.concatenate([np.full(c.size, c.high, np.float32) for c in ACTION])
 
+HOLD = np.array([0, 0, 0, 0, 0, 0, 1], dtype=np.float32)
+"""The action of a scene whose episode is over."""
+
 NUM_JOINTS = 8
 CONTROL_HZ = 5.0
 
 OPTIONS = {"assets", "success", "render_every_step", "sim_backend", "render_backend", "image_width", "image_height"}
+BATCHED = "physx_cuda"
+BACKENDS = ("physx_cpu", BATCHED)
 SUCCESS: tuple[RuleName, ...] = ("strict", "maniskill")
 
 MB_PER_PROCESS = 1000
@@ -51,12 +56,17 @@ MB_PER_PROCESS = 1000
 MB_PER_ENVIRONMENT = 12
 """An estimate for each scene more; meshes and textures are shared."""
 
+MAX_DRAWS = 10
+"""Of a training state whose objects do not stay where they were put."""
+
 
 @dataclass
 class _Slot:
     """One running episode."""
 
     twin: Any = None
+    row: int = 0
+    """Which of the twin's scenes."""
     task: int = 0
     elapsed: int = 0
     over: bool = True
@@ -70,7 +80,9 @@ class SimplerEnv:
     ``config.task`` is one task, several joined with ``+``, or ``all``. ``config.options``:
         success: the rule that ends an episode: "strict" (default) or "maniskill".
         assets: folder that holds ``data/``; MS_ASSET_DIR if absent.
-        sim_backend, render_backend: "physx_cpu" and "cpu" by default.
+        sim_backend: "physx_cpu" (default), a simulation for each slot; or "physx_cuda", one for all of them, which is
+            `Grouped`: its slots restart together, with episodes of one task.
+        render_backend: "cpu", or "gpu" where the simulation is on one.
         render_every_step: render after every action, for benchmarks only.
         image_width, image_height: another picture than image_size x image_size, for benchmarks only.
     """
@@ -89,11 +101,14 @@ class SimplerEnv:
         self.num_envs = num_envs
         self._instruction = config.instruction
         self._render_every_step = bool(config.options.get("render_every_step", False))
+        backend = config.options.get("sim_backend", "physx_cpu")
+        self.group_size = num_envs if backend == BATCHED else 1
         self._settings = {
             "width": int(config.options.get("image_width", config.image_size)),
             "height": int(config.options.get("image_height", config.image_size)),
-            "sim_backend": config.options.get("sim_backend", "physx_cpu"),
-            "render_backend": config.options.get("render_backend", "cpu"),
+            "sim_backend": backend,
+            "render_backend": config.options.get("render_backend", "gpu" if backend == BATCHED else "cpu"),
+            "num": self.group_size,
         }
         self._slots = [_Slot() for _ in range(num_envs)]
         self._free: dict[int, list[Any]] = {index: [] for index in range(len(self._tasks))}
@@ -124,108 +139,165 @@ class SimplerEnv:
         self._free[0].append(self._make(0))
 
     def reset(self, slots: Sequence[int], initial_states: Sequence[int]) -> Observation:
-        for slot, state in zip(slots, initial_states, strict=True):
-            index, configuration = configuration_of(self._tasks, int(state))
-            twin = self._exchange(slot, index)
-            self._slots[slot] = _Slot(twin, index, elapsed=0, over=False, solved=dict.fromkeys(twin.task.rules, False))
-            if configuration is not None:
-                twin.start(twin.task.layout(configuration)[None])
-            else:
-                _start_training(twin, int(state))
-        return Observation.concatenate([self._observe(slot) for slot in slots])
+        """Also raises RuntimeError for a part of a group: other slots' episodes would end with it, or be of a task that
+        the group does not simulate."""
+        states = [int(state) for state in initial_states]
+        tasks = [configuration_of(self._tasks, state)[0] for state in states]
+        if self.group_size > 1:
+            running = [i for i, slot in enumerate(self._slots) if not slot.over and i not in slots]
+            if running or len(set(tasks)) > 1:
+                raise RuntimeError(
+                    f"slots {list(slots)} cannot start episodes of {len(set(tasks))} tasks while {len(running)} others "
+                    "run: scenes of one simulation restart together, with one task."
+                )
+            self._start(slots, states, tasks[0])
+        else:
+            for slot, state, task in zip(slots, states, tasks, strict=True):
+                self._start([slot], [state], task)
+        return self._observe(slots)
 
     def step_chunk(self, slots: Sequence[int], actions: np.ndarray) -> ChunkResult:
-        return ChunkResult.concatenate(
-            [self._step_one(slot, chunk) for slot, chunk in zip(slots, actions, strict=True)]
-        )
+        groups = [list(range(len(slots)))] if self.group_size > 1 else [[i] for i in range(len(slots))]
+        return ChunkResult.concatenate([self._step([slots[i] for i in rows], actions[rows]) for rows in groups])
 
     def close(self) -> None:
-        for twin in [slot.twin for slot in self._slots] + [twin for free in self._free.values() for twin in free]:
-            if twin is not None:
-                twin.close()
+        used = {slot.twin for slot in self._slots if slot.twin is not None}
+        for twin in (*used, *(twin for free in self._free.values() for twin in free)):
+            twin.close()
         self._slots, self._free = [_Slot() for _ in self._slots], {index: [] for index in self._free}
 
     def film(self, slot: int) -> np.ndarray:
-        frame: np.ndarray = self._slots[slot].twin.film()[0]
+        frame: np.ndarray = self._slots[slot].twin.film()[self._slots[slot].row]
         return frame
 
     def demonstrate(self, initial_state: int, seed: int) -> Demonstration:
         """An expert episode in slot 0, with a frame before every action. See `simpler_experts`."""
         from rlvla_envs.simpler_experts import make_expert
 
+        if self.group_size > 1:
+            raise ValueError(
+                f"the experts of {self.spec.suite} act in one scene; collect with suite.options.sim_backend=physx_cpu."
+            )
         observation = self.reset([0], [initial_state])
         expert = make_expert(self._slots[0].twin, np.random.default_rng(seed))
         return record_expert(self, observation, expert.act, LOW, HIGH)
 
-    # --- one slot
+    # --- the slots of one simulation
 
-    def _step_one(self, number: int, chunk: np.ndarray) -> ChunkResult:
-        slot = self._slots[number]
-        if slot.over:
-            raise RuntimeError(f"slot {number} of {self.spec.task} has no running episode; reset it first.")
-        twin, limit = slot.twin, self._limits[slot.task]
-        executed, success = 0, False
-        for action in np.clip(chunk, LOW, HIGH).astype(np.float32):
+    def _start(self, slots: Sequence[int], states: Sequence[int], task: int) -> None:
+        """Start episodes of one task in the scenes of one simulation."""
+        twin = self._exchange(slots[0], task)
+        rows = [slot % self.group_size for slot in slots]
+        for slot, row in zip(slots, rows, strict=True):
+            solved = dict.fromkeys(twin.task.rules, False)
+            self._slots[slot] = _Slot(twin, row, task, elapsed=0, over=False, solved=solved)
+        # Scenes without an episode show any configuration; nobody looks.
+        layouts = np.stack([twin.task.layout(twin.task.configurations[0])] * self.group_size)
+        draws = dict.fromkeys(rows, 0)
+        for _ in range(MAX_DRAWS):
+            for row, state in zip(rows, states, strict=True):
+                configuration = configuration_of(self._tasks, state)[1]
+                if configuration is not None:
+                    layouts[row] = twin.task.layout(configuration)
+                else:
+                    layouts[row] = twin.task.training_layout(state, draws[row])
+            twin.start(layouts)
+            resting = twin.at_rest()
+            # A training state whose objects did not stay is drawn again; a configuration is what it is.
+            fallen = [
+                (row, state)
+                for row, state in zip(rows, states, strict=True)
+                if configuration_of(self._tasks, state)[1] is None and not resting[row]
+            ]
+            if not fallen:
+                return
+            for row, _ in fallen:
+                draws[row] += 1
+        raise RuntimeError(
+            f"{twin.task.name}: nothing came to rest in {MAX_DRAWS} draws of training state {fallen[0][1]}."
+        )
+
+    def _step(self, numbers: Sequence[int], chunks: np.ndarray) -> ChunkResult:
+        """Run a chunk in slots of one simulation, until the last of them ends."""
+        slots = [self._slots[number] for number in numbers]
+        for number, slot in zip(numbers, slots, strict=True):
+            if slot.over:
+                raise RuntimeError(f"slot {number} of {self.spec.task} has no running episode; reset it first.")
+        twin, limit = slots[0].twin, self._limits[slots[0].task]
+        chunks = np.clip(chunks, LOW, HIGH).astype(np.float32)
+        # Scenes whose episode is over hold still while the others act.
+        actions = np.tile(HOLD, (self.group_size, 1))
+        executed = np.zeros(len(slots), dtype=np.int64)
+        success = np.zeros(len(slots), dtype=np.bool_)
+        for h in range(chunks.shape[1]):
+            for slot, chunk in zip(slots, chunks, strict=True):
+                actions[slot.row] = HOLD if slot.over else chunk[h]
             # ManiSkill's own step() would render, which costs more than the physics.
-            twin._step_action(action)
-            slot.elapsed += 1
-            executed += 1
+            twin._step_action(actions)
             situation = twin.situation()
-            for name, rule in twin.task.rules.items():
-                slot.solved[name] |= bool(rule(situation)[0])
-            success = slot.solved[self._rule]
-            if success or slot.elapsed >= limit:
+            met = {name: rule(situation) for name, rule in twin.task.rules.items()}
+            for i, slot in enumerate(slots):
+                if slot.over:
+                    continue
+                slot.elapsed += 1
+                executed[i] += 1
+                for name in slot.solved:
+                    slot.solved[name] |= bool(met[name][slot.row])
+                success[i] = slot.solved[self._rule]
+                slot.over = bool(success[i]) or slot.elapsed >= limit
+            if all(slot.over for slot in slots):
                 break
-            if self._render_every_step and executed < len(chunk):
+            if self._render_every_step and h + 1 < chunks.shape[1]:
                 twin.picture()
-        truncated = not success and slot.elapsed >= limit
-        slot.over = success or truncated
+        over = np.array([slot.over for slot in slots])
         return ChunkResult(
-            observation=self._observe(number, blank=success),
-            reward=np.array([float(success)], dtype=np.float32),
-            terminated=np.array([success]),
-            truncated=np.array([truncated]),
-            success=np.array([success]),
-            executed_steps=np.array([executed], dtype=np.int64),
+            observation=self._observe(numbers, blank=bool(success.all())),
+            reward=success.astype(np.float32),
+            terminated=success,
+            truncated=over & ~success,
+            success=success.copy(),
+            executed_steps=executed,
             metrics={
-                f"success_{name}": np.array([met], dtype=np.float32)
-                for name, met in slot.solved.items()
-                if len(slot.solved) > 1
+                f"success_{name}": np.array([slot.solved[name] for slot in slots], dtype=np.float32)
+                for name in slots[0].solved
+                if len(slots[0].solved) > 1
             },
         )
 
-    def _observe(self, number: int, *, blank: bool = False) -> Observation:
-        twin = self._slots[number].twin
+    def _observe(self, numbers: Sequence[int], *, blank: bool = False) -> Observation:
+        """What the slots see, or black pictures: a picture costs more than the physics of a chunk."""
         camera = self.spec.cameras[0]
-        image = np.zeros((1, camera.height, camera.width, 3), dtype=np.uint8) if blank else twin.picture()
-        state = np.array(twin.agent.robot.get_qpos().cpu().numpy(), dtype=np.float32)
-        return Observation({CAMERA: image}, [self._instruction or twin.task.instruction], state)
+        images = np.zeros((len(numbers), camera.height, camera.width, 3), dtype=np.uint8)
+        state = np.zeros((len(numbers), NUM_JOINTS), dtype=np.float32)
+        pictures: dict[int, np.ndarray] = {}
+        for i, number in enumerate(numbers):
+            twin, row = self._slots[number].twin, self._slots[number].row
+            if not blank:
+                if id(twin) not in pictures:
+                    pictures[id(twin)] = twin.picture()
+                images[i] = pictures[id(twin)][row]
+            state[i] = twin.agent.robot.get_qpos()[row].cpu().numpy()
+        told = [self._instruction or self._slots[number].twin.task.instruction for number in numbers]
+        return Observation({CAMERA: images}, told, state)
 
     # --- the pool of simulators
 
     def _exchange(self, number: int, index: int) -> Any:
-        """Give the slot's simulator back and take one of another task.
+        """Give the simulation of the slot's group back and take one of another task.
 
         The pool grows to what was needed at once and no further; switching costs nothing, building one 0.3 s.
         """
-        slot = self._slots[number]
-        if slot.twin is not None:
-            self._free[slot.task].append(slot.twin)
-            slot.twin = None
+        first = number - number % self.group_size
+        group = self._slots[first : first + self.group_size]
+        for twin, task in {(slot.twin, slot.task) for slot in group if slot.twin is not None}:
+            self._free[task].append(twin)
+        for slot in group:
+            slot.twin, slot.over = None, True
         return self._free[index].pop() if self._free[index] else self._make(index)
 
     def _make(self, index: int) -> Any:
         with building_simulator():
             return make_twin(self._tasks[index], **self._settings)
-
-
-def _start_training(twin: Any, state: int) -> None:
-    """Start from the neighbourhood of a configuration; where the objects do not stay, from the next draw."""
-    for attempt in range(10):
-        twin.start(twin.task.training_layout(state, attempt)[None])
-        if twin.at_rest():
-            return
-    raise RuntimeError(f"{twin.task.name}: nothing came to rest in ten draws of training state {state}.")
 
 
 def _check_options(config: SuiteConfig) -> None:
@@ -234,11 +306,19 @@ def _check_options(config: SuiteConfig) -> None:
     if success not in SUCCESS:
         raise ValueError(f"suite.options.success is {success!r}; it must be one of {', '.join(SUCCESS)}.")
     backend = config.options.get("sim_backend", "physx_cpu")
-    if backend != "physx_cpu":
+    if backend not in BACKENDS:
+        raise ValueError(f"suite.options.sim_backend is {backend!r}; it must be one of {', '.join(BACKENDS)}.")
+    if backend == BATCHED and not _gpu_is_usable():
         raise ValueError(
-            f"suite.options.sim_backend is {backend!r}; {config.name} runs on physx_cpu only so far, one scene an "
-            "environment and one process a core (workers.num_actors)."
+            f"suite.options.sim_backend is {BATCHED}, but torch sees no GPU here. Leave the option away to simulate on "
+            "the CPU, one scene an environment and one process a core (workers.num_actors)."
         )
+
+
+def _gpu_is_usable() -> bool:
+    import torch
+
+    return torch.cuda.is_available()
 
 
 def memory_mb(config: SuiteConfig, num_envs: int) -> int:

@@ -118,7 +118,8 @@ def twin_class() -> type:
 
         def start(self, layouts: np.ndarray) -> None:
             """Begin an episode with source and target put at ``layouts`` [B, 2, 7] and left to come to rest."""
-            self._renew_physics()
+            if not self.gpu_sim_enabled:
+                self._renew_physics()
             self._layouts = layouts
             self._obs_mode = "none"  # reset would take a picture nobody looks at
             try:
@@ -150,6 +151,8 @@ def twin_class() -> type:
                 # Upstream leaves the arm where the last episode ended, and it pushes what settles under it.
                 self.agent.robot.set_pose(sapien.Pose(OUT_OF_THE_WAY))
                 self._put_objects()
+                if self.gpu_sim_enabled:
+                    self.scene._gpu_apply_all()
                 self._settle_objects()
                 position, joints = HOME[self.task.scene]
                 self.agent.robot.set_pose(sapien.Pose(position, q=[0, 0, 0, 1]))
@@ -166,10 +169,12 @@ def twin_class() -> type:
                 actor.set_angular_velocity(torch.zeros(self.num_envs, 3))
 
         def _settle_objects(self) -> None:
-            """Upstream's rule: 0.1 s, and 1.2 s more where anything still moves."""
+            """Upstream's rule: 0.1 s, and 1.2 s more where anything still moves, in any of the scenes."""
             for substeps in (50, 600):
                 for _ in range(substeps):
                     self.scene.step()
+                if self.gpu_sim_enabled:
+                    self.scene._gpu_fetch_all()
                 velocities = [
                     (actor.linear_velocity.norm(dim=1), actor.angular_velocity.norm(dim=1))
                     for actor in self.objs.values()
@@ -205,7 +210,7 @@ def twin_class() -> type:
                 source_half=self.source_half,
                 target_half=self.target_half,
                 speed=source.linear_velocity.norm(dim=1).cpu().numpy(),
-                contacts=self._contacts,
+                contacts=self._contacts_of_batch if self.gpu_sim_enabled else self._contacts,
             )
 
         def _position(self, name: str) -> np.ndarray:
@@ -232,10 +237,29 @@ def twin_class() -> type:
             force = np.linalg.norm(from_target) / self.scene.px.timestep
             return Contacts(np.array([force]), others=np.array([by_others]), robot=np.array([by_robot]))
 
-        def at_rest(self) -> bool:
-            """Whether the source lies about where it was put. A jittered eggplant can jump out of the sink."""
+        def _contacts_of_batch(self) -> Contacts:
+            """On a GPU contacts cannot be walked, forces between pairs and the sum on a body can be asked. What presses
+            beside target and robot is then the rest of the sum: two others that cancel each other go unseen, which two
+            sides of a sink could do and one table cannot."""
+            source, target = self.objs[self.task.source], self.objs[self.task.target]
+            weakest = 1e-6 / self.scene.px.timestep
+            from_target = self.scene.get_pairwise_contact_forces(source, target)
+            from_robot = [self.scene.get_pairwise_contact_forces(source, link) for link in self.agent.robot.links]
+            rest = source.get_net_contact_forces() - from_target - sum(from_robot)
+            pressing = torch.stack([force.norm(dim=1) > weakest for force in from_robot]).any(dim=0)
+            # The rest of a difference of single-precision sums is not zero: a thousandth of the sum is.
+            floor = weakest + 1e-3 * (from_target.norm(dim=1) + sum(force.norm(dim=1) for force in from_robot))
+            return Contacts(
+                target_force=from_target.norm(dim=1).cpu().numpy(),
+                others=(rest.norm(dim=1) > floor).cpu().numpy(),
+                robot=pressing.cpu().numpy(),
+            )
+
+        def at_rest(self) -> np.ndarray:
+            """Whether the source lies about where it was put, [B]. A jittered eggplant can jump out of the sink."""
             moved = np.abs(self.source_start - self._layouts[:, 0, :3])
-            return bool((moved[:, :2] < 0.04).all() and (moved[:, 2] < 0.03).all())
+            resting: np.ndarray = (moved[:, :2] < 0.04).all(axis=1) & (moved[:, 2] < 0.03)
+            return resting
 
         # --- pictures
 

@@ -48,8 +48,8 @@ class Envs:
         notes=("stand-in: the carrot",),
     )
 
-    def __init__(self, num_slots: int) -> None:
-        self.num_slots = num_slots
+    def __init__(self, num_slots: int, group_size: int = 1) -> None:
+        self.num_slots, self.group_size = num_slots, group_size
         self.state = np.zeros(num_slots, dtype=np.int64)
         self.visited: list[int] = []
 
@@ -68,6 +68,12 @@ class Envs:
                 np.ones(len(state), dtype=np.int64),
                 {"gentle": state.astype(np.float32)},
             )
+        for first in range(0, self.num_slots, self.group_size):
+            restarted = (turn.restart_slots // self.group_size) == first // self.group_size
+            if self.group_size > 1 and restarted.any():
+                # The others of the group have ended, and one task is played in all of it.
+                assert not set(turn.chunk_slots // self.group_size) & {first // self.group_size}
+                assert len({self.spec.task_of(int(state)) for state in turn.restart_states[restarted]}) == 1
         self.state[turn.restart_slots] = turn.restart_states
         self.visited += turn.restart_states.tolist()
         return (self.look(len(turn.restart_slots)) if len(turn.restart_slots) else None), result
@@ -148,6 +154,15 @@ def test_a_log_of_another_policy_is_begun_anew(tmp_path: Path) -> None:
         with TrialLog(tmp_path / "log", {"policy": policy}) as log:
             evaluate(actor, envs, EvalConfig(), name="x", log=log)
         assert len(envs.visited) == 5
+
+
+@pytest.mark.parametrize(("num_slots", "group_size"), [(2, 2), (8, 4), (12, 6)])
+def test_slots_that_restart_together_give_the_same_outcomes(num_slots: int, group_size: int) -> None:
+    envs: Any = Envs(num_slots, group_size)
+    actor: Any = Actor()
+    grouped, _ = evaluate(actor, envs, EvalConfig(noise_seeds=4), name="x")
+    assert grouped == measured(noise_seeds=4)[0]
+    assert sorted(envs.visited) == sorted([0, 1, 2, 3, 4] * 4)
 
 
 def test_the_first_noise_seed_alone_is_the_measurement_with_one() -> None:

@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 
 from rlvla_envs import simpler_assets, suites
 from rlvla_envs.base import FIRST_TRAINING_STATE, ChunkResult, Observation, SuiteConfig
@@ -71,7 +72,7 @@ import sys
 from rlvla_envs.base import SuiteConfig
 from rlvla_envs.suites import make_env
 for wrong in (dict(task="x"), dict(task="all", options={"asets": "x"}), dict(task="all", options={"assets": "/no"}),
-              dict(task="all", options={"sim_backend": "physx_cuda"}), dict(task="all", options={"success": "x"})):
+              dict(task="all", options={"sim_backend": "physx_gpu"}), dict(task="all", options={"success": "x"})):
     try:
         make_env(SuiteConfig(name="simpler_env", **wrong), 1)
     except ValueError as error:
@@ -82,9 +83,15 @@ print(sorted({"torch", "mani_skill", "sapien"} & set(sys.modules)))
     assert loaded == "[]"
     assert len(said) == 5
     for line, part in zip(
-        said, ("suite.task is 'x'", "Did you mean 'assets'", "is missing", "physx", "strict"), strict=True
+        said, ("suite.task is 'x'", "Did you mean 'assets'", "is missing", "physx_cuda", "strict"), strict=True
     ):
         assert part in line
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has a GPU")
+def test_a_simulation_on_a_gpu_is_refused_where_there_is_none() -> None:
+    with pytest.raises(ValueError, match="torch sees no GPU"):
+        make_env(SuiteConfig(name="simpler_env", task="all", options={"sim_backend": "physx_cuda"}), 4)
 
 
 # --- which state is what
