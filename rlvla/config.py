@@ -236,6 +236,9 @@ class TrainConfig:
     eval: EvalConfig = field(default_factory=EvalConfig)
     iterations: int = 40
     """PPO iterations: collect whole episodes, update."""
+    max_minutes: float | None = None
+    """Begin no further iteration once the run has taken so many minutes, and make the final evaluation; null has no
+    limit. What such a run gives depends on the machine's speed."""
     episodes_per_iteration: int = 256
     """Whole episodes collected each iteration. Fewer, more frequent iterations were worse at equal steps."""
     task_mix: TaskMix = TaskMix.uniform
@@ -261,6 +264,7 @@ class TrainConfig:
             self.episodes_per_iteration,
             "at least 1",
         )
+        _require(self.max_minutes is None or self.max_minutes > 0, "max_minutes", self.max_minutes, "positive, or null")
         for name in ("save_every", "keep_checkpoints"):
             _require(getattr(self, name) >= 1, name, getattr(self, name), "at least 1")
         for name, weight in self.task_weights.items():

@@ -21,8 +21,8 @@ from rlvla.config import ConfigError
 from rlvla.progress import Progress
 
 RESUMABLE = ("train", "eval")
-FREE_TO_CHANGE = ("output", "device", "workers", "save_every", "keep_checkpoints")
-"""Settings that no result depends on: a run may go on with others."""
+FREE_TO_CHANGE = ("output", "device", "workers", "save_every", "keep_checkpoints", "max_minutes")
+"""Settings that no iteration depends on: a run may go on with others."""
 
 
 class Run:

@@ -75,6 +75,11 @@ def run(config: TrainConfig) -> dict[str, Any]:
 
             for iteration in range(state.iterations, config.iterations):
                 started = record.minutes()
+                if config.max_minutes is not None and started >= config.max_minutes:
+                    record.progress.note(f"max_minutes={config.max_minutes:g} are over after {iteration} iterations")
+                    if iteration % config.save_every:
+                        checkpoints.save(state, write_checkpoint)
+                    break
                 weights = task_weights(config, envs.spec.task_names(), state.difficulty)
                 states = training_states(
                     envs.spec, weights, config.episodes_per_iteration, seed=config.seed, iteration=iteration

@@ -21,6 +21,7 @@ from rlvla.evaluate import Evaluation, compare
 from rlvla.report_page import PAGE_CSS
 from rlvla.run_folder import RunFolder, read_run
 from rlvla.svg import CHART_CSS, Series, line_chart, percent
+from rlvla_algos.statistics import wilson_interval
 
 ROOT = Path(__file__).resolve().parent.parent
 PAGES = ROOT / "docs" / "benchmarks"
@@ -113,14 +114,26 @@ def change(comparison: Any) -> tuple[str, ...]:
 
 
 def by_task(comparisons: dict[int, Any], title: str) -> Iterator[str]:
-    rows = [
-        (str(seed), task, *change(one))
-        for seed, comparison in comparisons.items()
-        for task, one in comparison.get("by_task", {}).items()
-    ]
+    """Each task with Wilson's 95% intervals of both rates, and the mean over tasks."""
+    rows: list[tuple[str, ...]] = []
+    for seed, comparison in comparisons.items():
+        tasks = comparison.get("by_task", {})
+        for task, one in tasks.items():
+            before, after, *rest = change(one)
+            rates = (f"{before} {wilson(one, 'before')}", f"{after} {wilson(one, 'after')}")
+            rows.append((str(seed), task, *rates, *rest))
+        if tasks:
+            before, after = (sum(one[key] for one in tasks.values()) / len(tasks) for key in ("before", "after"))
+            points = f"{100 * (after - before):+.1f}"
+            rows.append((str(seed), "mean over tasks", f"{before:.3f}", f"{after:.3f}", points, "", ""))
     if rows:
-        yield f"{title}:\n"
+        yield f"{title}, with Wilson's 95% interval of each rate:\n"
         yield table(("seed", "task", *CHANGE), rows)
+
+
+def wilson(comparison: Any, key: str) -> str:
+    low, high = wilson_interval(round(comparison[key] * comparison["trials"]), comparison["trials"])
+    return f"[{low:.3f}, {high:.3f}]"
 
 
 def transfer(output: Path, seeds: list[int]) -> Iterator[str]:
@@ -129,7 +142,7 @@ def transfer(output: Path, seeds: list[int]) -> Iterator[str]:
     for seed in seeds:
         files = [output / name / "evaluations" / "eval.json" for name in ("eval-sft", f"eval-seed{seed}")]
         if all(file.exists() for file in files):
-            comparisons[seed] = compare(*(Evaluation(**json.loads(file.read_text())) for file in files))
+            comparisons[seed] = compare(*(Evaluation.read(file) for file in files))
     if comparisons:
         yield "On the held-out suite of the recipe's `eval`:\n"
         yield table(("seed", *CHANGE), [(str(seed), *change(one)) for seed, one in comparisons.items()])

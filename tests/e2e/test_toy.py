@@ -166,6 +166,17 @@ def test_two_runs_with_one_seed_give_the_same_weights(sft_policy: Path, tmp_path
     assert weights[0] != (sft_policy / "model.safetensors").read_bytes()
 
 
+def test_a_run_whose_time_is_over_is_measured_and_says_how_far_it_came(sft_policy: Path, tmp_path: Path) -> None:
+    settings = [*TOY, f"policy={sft_policy}", f"output={tmp_path / 'run'}", "episodes_per_iteration=8"]
+    summary = train.run(
+        compose("train", [*settings, "max_minutes=1e-9", "iterations=9", "eval.trials=4", "eval.videos=0"])
+    )
+    assert summary["env_steps"] == 0
+    assert summary["success_after"] == summary["success_before"]
+    assert (tmp_path / "run" / "policy" / "model.safetensors").exists()
+    assert [p.name for p in (tmp_path / "run" / "checkpoints").iterdir()] == ["iteration-0000"]
+
+
 def test_training_the_backbone_moves_it_and_a_frozen_one_stays(sft_policy: Path, tmp_path: Path) -> None:
     before = load_policy(sft_policy).state_dict()
     for train_vlm in (False, True):

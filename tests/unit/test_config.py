@@ -221,6 +221,8 @@ def test_a_wrong_type_is_refused_with_key_value_and_what_it_must_be(override: st
         ("train", "iterations=-1", "-1", "0 or more"),
         ("train", "episodes_per_iteration=0", "0", "at least 1"),
         ("train", "save_every=0", "0", "at least 1"),
+        ("train", "keep_checkpoints=0", "0", "at least 1"),
+        ("train", "max_minutes=0", "0", "positive"),
         ("train", "inference_batch=0", "0", "at least 1"),
         ("train", "device=gpu", "gpu", "auto, cpu, cuda or cuda:N"),
         ("train", "workers.num_actors=-1", "-1", "0 (one per core) or more"),

@@ -55,7 +55,7 @@ def test_what_follows_a_checkpoint_is_cut_off(tmp_path: Path) -> None:
     assert [json.loads(line)["iteration"] for line in lines] == [0, 2]
 
 
-@pytest.mark.parametrize("setting", ["workers.num_actors=1", "device=cpu", "save_every=5", "keep_checkpoints=3"])
+@pytest.mark.parametrize("setting", ["workers.num_actors=1", "device=cpu", "save_every=5", "max_minutes=9"])
 def test_it_may_go_on_with_settings_that_change_no_result(tmp_path: Path, setting: str) -> None:
     begin(tmp_path)
     assert check_output(config(tmp_path, setting), "train")
