@@ -39,7 +39,7 @@ class Checkpoints:
             keep: how many of the newest to keep; the best one is kept beside them.
         """
         self.folder, self.keep = folder, keep
-        for left in (*folder.glob(".stage-*"), *folder.glob(".policy.*")):
+        for left in folder.glob(".stage-*"):
             shutil.rmtree(left, ignore_errors=True)
 
     def save(self, state: TrainState, write: Callable[[Path], None]) -> Path:
@@ -61,12 +61,10 @@ class Checkpoints:
             (stage / MANIFEST).write_text(json.dumps(_checksums(stage), indent=1) + "\n")
             for path in (*stage.rglob("*"), stage):
                 _sync(path)
-            if target.exists():
-                # From before a resume that found it damaged.
-                shutil.rmtree(target)
             os.replace(stage, target)
             _sync(self.folder)
-        except OSError as error:
+        except (OSError, RuntimeError) as error:
+            # torch reports a full disk as a RuntimeError.
             shutil.rmtree(stage, ignore_errors=True)
             raise RuntimeError(
                 f"cannot save a checkpoint to {target}: {error}. Free some space; the checkpoints before it stand, and "
@@ -89,7 +87,11 @@ class Checkpoints:
             problem = verify(path)
             if not problem:
                 return path, read_state(path)
-            damaged(f"{path} is damaged ({problem}); the one before it is used")
+            # Out of the way, or it would count among the newest when the run comes to that iteration again.
+            aside = path.with_name(f"damaged-{path.name}")
+            shutil.rmtree(aside, ignore_errors=True)
+            os.replace(path, aside)
+            damaged(f"{path} is damaged ({problem}); the one before it is used, and this one kept as {aside.name}")
         if found:
             raise ValueError(
                 f"every checkpoint in {self.folder} is damaged. Choose another output= to begin anew, or copy one back."
@@ -101,8 +103,7 @@ class Checkpoints:
 
     def _prune(self) -> None:
         found = self._all()
-        scores = {path: read_state(path).success for path in found if not verify(path, checksums=False)}
-        measured = {path: score for path, score in scores.items() if score is not None}
+        measured = {path: score for path in found if (score := _score(path)) is not None}
         # The later of two equals: it has seen more.
         best = max(measured, key=lambda path: (measured[path], path.name), default=None)
         for path in found[: -self.keep]:
@@ -110,21 +111,27 @@ class Checkpoints:
                 shutil.rmtree(path)
 
 
+def _score(path: Path) -> float | None:
+    try:
+        return read_state(path).success
+    except (OSError, ValueError, TypeError):
+        return None
+
+
 def read_state(path: Path) -> TrainState:
     return TrainState(**json.loads((path / STATE).read_text()))
 
 
-def verify(path: Path, *, checksums: bool = True) -> str:
+def verify(path: Path) -> str:
     """What is wrong with a checkpoint; empty when nothing is."""
     try:
         expected: dict[str, str] = json.loads((path / MANIFEST).read_text())
-        absent = [name for name in expected if not (path / name).is_file()]
-        if absent or STATE not in expected:
-            return f"{absent[0] if absent else STATE} is missing"
-        found = _checksums(path) if checksums else expected
+        found = _checksums(path)
     except (OSError, ValueError) as error:
         return f"{MANIFEST}: {error}"
-    changed = [name for name, digest in expected.items() if found.get(name) != digest]
+    if absent := sorted({STATE, *expected} - set(found)):
+        return f"{absent[0]} is missing"
+    changed = [name for name, digest in expected.items() if found[name] != digest]
     return f"{changed[0]} is not what was written" if changed else ""
 
 

@@ -48,9 +48,10 @@ class Evaluation:
     outcomes: list[int]
     """1 where the episode from the initial state of the same index succeeded."""
     initial_states: list[int]
-    """Every state once for each noise seed: all of them with the first, then all with the second."""
+    """All states with the first noise seed, then those that are visited again with the second, and so on."""
     executed_steps: list[int]
     noise_seeds: int
+    """`EvalConfig.noise_seeds`: how many at most."""
     task_index: list[int]
     """Of each episode, into the keys of ``by_task``."""
     by_task: dict[str, dict[str, Any]]
@@ -64,6 +65,8 @@ class Evaluation:
     metrics_by_task: dict[str, dict[str, float]]
     notes: list[str]
     """What a reader of the numbers has to know, from the suite: for example that an asset is a stand-in."""
+    policy_sha256: str = ""
+    """`weights_digest` of what was measured."""
 
     @classmethod
     def read(cls, path: Path) -> "Evaluation":
@@ -236,25 +239,29 @@ def measure(actor: Actor, envs: Envs, config: EvalConfig, record: Run, name: str
 
     def show(n: int) -> None:
         record.progress.bar(f"evaluation {name}", done + n, total)
+        record.tick()
 
     def take(part: str, settings: EvalConfig, frames: Frames | None = None) -> tuple[Evaluation, Frames]:
         path = record.folder / "evaluations" / f"{part}.json"
-        if path.exists():
-            return Evaluation.read(path), {}
+        known = _finished(path, digest)
+        if known is not None:
+            record.evaluation(known, env_steps)
+            return known, {}
         setting = {"settings": dataclasses.asdict(settings), "spec": envs.spec.to_dict(), "policy": digest}
         with TrialLog(path.with_suffix(".episodes.jsonl"), setting) as log:
             if log.outcomes:
                 record.progress.note(f"evaluation {part}: {len(log.outcomes)} episodes were played before")
-            found = evaluate(actor, envs, settings, name=part, shown=frames, log=log, on_episodes=show)
-        record.evaluation(found[0], env_steps)
+            found, seen = evaluate(actor, envs, settings, name=part, shown=frames, log=log, on_episodes=show)
+        found = dataclasses.replace(found, policy_sha256=digest)
+        record.evaluation(found, env_steps)
         log.path.unlink()
-        return found
+        return found, seen
 
     own, frames = take(name, config)
     if config.shuffled_images:
         done = len(trials)
         unseen = [episode for episode in firsts if (episode, 0) not in frames]
-        if unseen and not (record.folder / "evaluations" / f"{name}-shuffled.json").exists():
+        if unseen and _finished(record.folder / "evaluations" / f"{name}-shuffled.json", digest) is None:
             # Frames are not kept on disk; those of episodes that an earlier process played are drawn again.
             play_trials(actor, envs, config, trials, unseen, lambda *_: None, seen=frames)
         blind, _ = take(f"{name}-shuffled", once, frames)
@@ -270,12 +277,25 @@ def measure(actor: Actor, envs: Envs, config: EvalConfig, record: Run, name: str
                 f"the policy may be blind: success {sighted.success:.2f} with its own images, "
                 f"{blind.success:.2f} with another environment's (p = {difference['p_value']:.2g})",
             )
-    index = record.folder / "videos" / "index.json"
-    if not index.exists() or all(entry["phase"] != name for entry in json.loads(index.read_text())):
-        videos = film(actor, envs, config, record.folder / "videos", name)
-        if videos:
-            record.update_json("videos/index.json", videos)
+    filmed = record.folder / "videos" / "index.json"
+    entries = json.loads(filmed.read_text()) if filmed.exists() else []
+    if {"phase": name, "policy_sha256": digest}.items() not in [
+        {key: entry.get(key) for key in ("phase", "policy_sha256")}.items() for entry in entries
+    ]:
+        others = [entry for entry in entries if entry["phase"] != name]
+        new = film(actor, envs, config, record.folder / "videos", name)
+        if new or others != entries:
+            record.write_json("videos/index.json", others + [entry | {"policy_sha256": digest} for entry in new])
     return own
+
+
+def _finished(path: Path, digest: str) -> Evaluation | None:
+    """What an earlier process measured of these very weights; None where that is not to be had whole."""
+    try:
+        found = Evaluation.read(path)
+    except (OSError, ValueError, TypeError, KeyError):
+        return None
+    return found if found.policy_sha256 == digest else None
 
 
 PAIRED = (

@@ -3,8 +3,10 @@
 import contextlib
 import fcntl
 import json
+import math
 import os
 import platform
+import shutil
 import subprocess
 import sys
 import time
@@ -24,22 +26,26 @@ RESUMABLE = ("train", "eval")
 FREE_TO_CHANGE = ("output", "device", "workers", "save_every", "keep_checkpoints", "max_minutes")
 """Settings that no iteration depends on: a run may go on with others."""
 
+CLOCK = ".minutes"
+SECONDS_BETWEEN_TICKS = 5.0
+
 
 class Run:
     """The folder of one run, its metrics file and its progress display."""
 
-    def __init__(self, folder: Path, title: str, total: int, *, resumed: bool = False) -> None:
+    def __init__(
+        self, folder: Path, title: str, total: int, *, lock: IO[str] | None = None, resumed: bool = False
+    ) -> None:
         self.folder = folder
         self.resumed = resumed
         """The folder holds the beginning of this very run."""
         self.progress = Progress()
-        self._lock = _lock(folder)
-        self._last: dict[str, Any] = {}
-        path = folder / "metrics.jsonl"
-        self._mend(path)
+        self._lock = lock or _lock(folder)
+        self._read_metrics()
         # The clock counts on; the time in which nothing ran is left out.
-        self._started = time.monotonic() - 60 * float(self._last.get("minutes") or 0.0)
-        self._metrics = path.open("a", buffering=1)
+        self._started = time.monotonic() - 60 * self._minutes_before()
+        self._ticked = -math.inf
+        self._metrics = self._path.open("a", buffering=1)
         self.progress.start(title, total)
 
     @classmethod
@@ -47,24 +53,32 @@ class Run:
         """Create the folder and write what is known before anything runs; or go on in the folder of an unfinished run.
 
         Raises:
-            ConfigError: as `check_output`.
+            ConfigError: as `check_output`, or another process is writing there.
         """
-        resumed = check_output(config, verb)
+        check_output(config, verb)
         folder = Path(config.output)
         try:
             folder.mkdir(parents=True, exist_ok=True)
+            lock = _lock(folder)
+            # Again: whoever held the lock may have begun a run meanwhile.
+            resumed = check_output(config, verb)
             if not resumed:
-                (folder / "config.yaml").write_text(to_yaml(config))
-                (folder / "versions.json").write_text(json.dumps(versions(), indent=2) + "\n")
-                (folder / "run.json").write_text(json.dumps({"verb": verb}) + "\n")
+                _write_synced(folder / "config.yaml", to_yaml(config))
+                _write_synced(folder / "versions.json", json.dumps(versions(), indent=2) + "\n")
+                # Last: with it the run has begun, without it there is nothing to keep.
+                _write_synced(folder / "run.json", json.dumps({"verb": verb}) + "\n")
         except OSError as error:
             raise RuntimeError(
                 f"cannot write to {folder}: {error}. Free some space or choose another output=."
             ) from error
         suite = getattr(config, "suite", None)
-        record = cls(folder, f"{verb} {suite.task if suite else ''}".strip(), total, resumed=resumed)
+        title = f"{verb} {suite.task if suite else ''}".strip()
+        record = cls(folder, title, total, lock=lock, resumed=resumed)
         if resumed:
             record.progress.note(f"{folder} holds an unfinished run; going on with it")
+            record._note_versions()
+            for left in folder.glob(".policy.*"):
+                shutil.rmtree(left, ignore_errors=True)
         return record
 
     def __enter__(self) -> Self:
@@ -73,6 +87,7 @@ class Run:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
+        self.tick(now=True)
         self.progress.close()
         self._metrics.close()
         self._lock.close()
@@ -92,25 +107,65 @@ class Run:
         self.write_json("run.json", known)
 
     def metrics_bytes(self) -> int:
-        """Length of metrics.jsonl so far."""
+        """Length of metrics.jsonl so far, all of it on the disk."""
         self._metrics.flush()
-        return (self.folder / "metrics.jsonl").stat().st_size
+        os.fsync(self._metrics.fileno())
+        return self._path.stat().st_size
 
     def truncate_metrics(self, length: int) -> None:
         """Cut off what was logged after a checkpoint."""
         self._metrics.flush()
-        os.truncate(self.folder / "metrics.jsonl", length)
+        missing = length - self._path.stat().st_size
+        if missing <= 0:
+            os.truncate(self._path, length)
+            self._read_metrics()
+        else:
+            self.alarm("resume", f"metrics.jsonl lacks {missing} bytes that it had at the checkpoint; rows are lost")
 
-    def _mend(self, path: Path) -> None:
-        """Read what is known, and drop a last line that a crash cut short."""
-        if not path.exists():
+    def tick(self, *, now: bool = False) -> None:
+        """Write the clock down, every few seconds: what a killed process took counts too."""
+        if now or time.monotonic() - self._ticked > SECONDS_BETWEEN_TICKS:
+            self._ticked = time.monotonic()
+            # A full disk must not end a run that has nothing else to write.
+            with contextlib.suppress(OSError):
+                (self.folder / CLOCK).write_text(f"{self.minutes()}\n")
+
+    @property
+    def _path(self) -> Path:
+        return self.folder / "metrics.jsonl"
+
+    def _read_metrics(self) -> None:
+        """Learn what is logged already, and drop a last line that a crash cut short."""
+        self._last: dict[str, Any] = {}
+        self._said: set[tuple[str, ...]] = set()
+        if not self._path.exists():
             return
-        content = path.read_bytes()
+        content = self._path.read_bytes()
         whole = content.rfind(b"\n") + 1
         for line in content[:whole].splitlines():
-            self._last |= json.loads(line)
+            # A line that a power failure spoilt is the report's to mention.
+            with contextlib.suppress(ValueError):
+                row = json.loads(line)
+                self._last |= row
+                self._said.add(_identity(row))
         if whole < len(content):
-            os.truncate(path, whole)
+            os.truncate(self._path, whole)
+
+    def _minutes_before(self) -> float:
+        logged = float(self._last.get("minutes") or 0.0)
+        with contextlib.suppress(OSError, ValueError):
+            return max(logged, float((self.folder / CLOCK).read_text()))
+        return logged
+
+    def _note_versions(self) -> None:
+        """Say when a run goes on with other software or another machine: bits may differ from here on."""
+        path = self.folder / "versions.json"
+        known, now = json.loads(path.read_text()), versions()
+        latest = known.get("resumed_with", [known])[-1]
+        changed = [f"{key} {latest.get(key)} -> {value}" for key, value in now.items() if latest.get(key) != value]
+        if changed:
+            self.write_json("versions.json", known | {"resumed_with": [*known.get("resumed_with", []), now]})
+            self.alarm("resume", f"the run goes on with {', '.join(changed)}; its bits may depend on that")
 
     def minutes(self) -> float:
         """Wall-clock minutes since the run began, those of earlier processes included."""
@@ -121,10 +176,16 @@ class Run:
         clean = {k: None if isinstance(v, float) and v != v else v for k, v in row.items()}
         self._metrics.write(json.dumps(clean) + "\n")
         self._last |= clean
+        self._said.add(_identity(clean))
+        self.tick()
 
     def last(self, key: str) -> Any:
         """The latest value logged under a key."""
         return self._last.get(key)
+
+    def logged(self, row: Mapping[str, Any]) -> bool:
+        """Whether metrics.jsonl has this iteration, evaluation or alarm already, from a process that was killed."""
+        return _identity(row) in self._said
 
     def alarm(self, where: str, message: str) -> None:
         """Something a person should look at; shown, logged, and listed in the report.
@@ -132,14 +193,16 @@ class Run:
         Args:
             where: "iteration 7" or "evaluation before".
         """
-        self.log({"kind": "alarm", "where": where, "message": message})
+        row = {"kind": "alarm", "where": where, "message": message}
+        if not self.logged(row):
+            self.log(row)
         self.progress.warn(f"{where}: {message}")
 
     def write_json(self, name: str, content: Any) -> None:
         path = self.folder / name
         path.parent.mkdir(parents=True, exist_ok=True)
         stage = path.with_suffix(".partial")
-        stage.write_text(json.dumps(content, indent=1) + "\n")
+        _write_synced(stage, json.dumps(content, indent=1) + "\n")
         os.replace(stage, path)
 
     def update_json(self, name: str, addition: Any) -> None:
@@ -154,18 +217,18 @@ class Run:
     def evaluation(self, measured: Any, env_steps: int) -> None:
         """Record one `rlvla.evaluate.Evaluation`: its file, a line in the metrics, a line on the screen."""
         per_task = measured.by_task.items() if len(measured.by_task) > 1 else ()
-        self.log(
-            {
-                "kind": "evaluation",
-                "name": measured.name,
-                "env_steps": env_steps,
-                "minutes": self.minutes(),
-                "success": measured.success,
-                "trials": measured.trials,
-                **{f"success/{name}": rate["success"] for name, rate in per_task},
-                **{f"metrics/{name}": value for name, value in measured.metrics.items()},
-            }
-        )
+        row = {
+            "kind": "evaluation",
+            "name": measured.name,
+            "env_steps": env_steps,
+            "minutes": self.minutes(),
+            "success": measured.success,
+            "trials": measured.trials,
+            **{f"success/{name}": rate["success"] for name, rate in per_task},
+            **{f"metrics/{name}": value for name, value in measured.metrics.items()},
+        }
+        if not self.logged(row):
+            self.log(row)
         low, high = measured.interval
         self.progress.note(
             f"evaluation {measured.name}: {measured.success:.3f} [{low:.3f}, {high:.3f}] of {measured.trials} "
@@ -174,7 +237,6 @@ class Run:
             + "".join(f"\n  {name}: {value:.3f}" for name, value in measured.metrics.items())
             + "".join(f"\n  note: {note}" for note in measured.notes)
         )
-        # The file last: who finds it after a crash knows that the line above stands.
         self.write_json(f"evaluations/{measured.name}.json", asdict(measured))
 
     def finish(self, summary: dict[str, Any]) -> None:
@@ -188,7 +250,9 @@ def check_output(config: Any, verb: str) -> bool:
         ConfigError: it holds something else: another run, a finished one, or this one with other settings.
     """
     folder = Path(config.output)
-    if not folder.exists() or (folder.is_dir() and not any(folder.iterdir())):
+    # What a start leaves that was killed before it had begun anything.
+    nothing = {".lock", "config.yaml", "versions.json"}
+    if not folder.exists() or (folder.is_dir() and not {p.name for p in folder.iterdir()} - nothing):
         return False
     try:
         begun = json.loads((folder / "run.json").read_text())["verb"]
@@ -197,7 +261,8 @@ def check_output(config: Any, verb: str) -> bool:
     advice = "Choose another output=, or remove it first: a run never overwrites another."
     if begun is None or not (folder / "config.yaml").is_file():
         raise ConfigError(f"output is {folder}, which is not empty. {advice}")
-    if (folder / "summary.json").exists():
+    # The report is written last; without it only that is missing.
+    if (folder / "summary.json").exists() and (begun not in RESUMABLE or (folder / "report.html").exists()):
         raise ConfigError(f"output is {folder}, which holds a finished {begun} run. {advice}")
     if begun != verb or verb not in RESUMABLE:
         raise ConfigError(f"output is {folder}, which holds an unfinished {begun} run. {advice}")
@@ -227,12 +292,27 @@ def _lock(folder: Path) -> IO[str]:
     file = (folder / ".lock").open("w")
     try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError as error:
+    except BlockingIOError as error:
         file.close()
         raise ConfigError(
             f"another process is writing to {folder}. Wait for it, stop it, or choose another output=."
         ) from error
+    except OSError:
+        # A file system without locks: better unguarded than not at all.
+        pass
     return file
+
+
+def _write_synced(path: Path, text: str) -> None:
+    with path.open("w") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def _identity(row: Mapping[str, Any]) -> tuple[str, ...]:
+    """What makes a row of metrics.jsonl the same thing said again."""
+    return tuple(str(row.get(key)) for key in ("kind", "iteration", "name", "where", "message", "step"))
 
 
 def pick_device(name: str) -> str:

@@ -56,6 +56,10 @@ def run(config: TrainConfig) -> dict[str, Any]:
             record.require_policy(weights_digest(policy))
             checkpoints = Checkpoints(record.folder / "checkpoints", config.keep_checkpoints)
 
+            def show_episodes(ended: int) -> None:
+                record.progress.bar("episodes", ended, config.episodes_per_iteration)
+                record.tick()
+
             def write_checkpoint(folder: Path) -> None:
                 save_policy(policy, folder / "policy")
                 torch.save(learner.state_dict(), folder / "learner.pt")
@@ -77,6 +81,7 @@ def run(config: TrainConfig) -> dict[str, Any]:
                 started = record.minutes()
                 if config.max_minutes is not None and started >= config.max_minutes:
                     record.progress.note(f"max_minutes={config.max_minutes:g} are over after {iteration} iterations")
+                    record.tick(now=True)
                     if iteration % config.save_every:
                         checkpoints.save(state, write_checkpoint)
                     break
@@ -93,7 +98,7 @@ def run(config: TrainConfig) -> dict[str, Any]:
                     key=(config.seed, iteration),
                     store_context=not config.algo.train_vlm,
                     value_final=config.algo.bootstrap_time_limit,
-                    on_episodes=lambda n: record.progress.bar("episodes", n, config.episodes_per_iteration),
+                    on_episodes=show_episodes,
                 )
                 collected = record.minutes()
 
@@ -137,7 +142,8 @@ def run(config: TrainConfig) -> dict[str, Any]:
                     metrics_bytes=record.metrics_bytes(),
                     success=None if measured is None else measured.success,
                 )
-                if (iteration + 1) % config.save_every == 0 or iteration + 1 == config.iterations:
+                # One that was measured may become the best.
+                if measured or (iteration + 1) % config.save_every == 0 or iteration + 1 == config.iterations:
                     checkpoints.save(state, write_checkpoint)
 
             save_policy(policy, record.folder / "policy")
@@ -176,7 +182,7 @@ def resume(checkpoints: Checkpoints, record: Run, policy: QwenVLA, learner: Lear
         return None
     folder, state = found
     load_weights(policy, folder / "policy" / "model.safetensors")
-    learner.load_state_dict(torch.load(folder / "learner.pt", weights_only=True))
+    learner.load_state_dict(torch.load(folder / "learner.pt", weights_only=True, map_location="cpu"))
     record.truncate_metrics(state.metrics_bytes)
     for problem in damaged:
         record.alarm(f"iteration {state.iterations}", problem)

@@ -4,6 +4,7 @@ Every episode's outcome depends on weights, state and noise seed alone, so those
 second visit. Each is written down the moment it ends; the log is the evaluation until its result file stands.
 """
 
+import contextlib
 import hashlib
 import json
 import math
@@ -96,9 +97,11 @@ class TrialLog:
         kept = [header]
         # What follows the last line end was cut short; a log of another measurement is begun anew.
         for line in lines[1:-1] if lines and lines[0] == header else []:
-            row = json.loads(line)
-            self.outcomes[row["episode"]] = Outcome(row["success"], row["steps"], row["metrics"])
-            kept.append(line)
+            # A line that was spoilt is an episode that is played again.
+            with contextlib.suppress(ValueError, KeyError, TypeError):
+                row = json.loads(line)
+                self.outcomes[row["episode"]] = Outcome(row["success"], row["steps"], row["metrics"])
+                kept.append(line)
         path.parent.mkdir(parents=True, exist_ok=True)
         stage = path.with_suffix(".partial")
         stage.write_text("\n".join(kept) + "\n")

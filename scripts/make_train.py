@@ -38,14 +38,14 @@ def main() -> None:
     if not (sft / "summary.json").exists():
         shutil.rmtree(sft, ignore_errors=True)
         spent.on("sft", lambda: rlvla("sft", recipe["sft"], dataset=dataset, output=sft))
-    if not (ppo / "summary.json").exists():
+    if not (ppo / "report.html").exists():
         spent.on(
             f"train-{arguments.seed}",
             lambda: rlvla("train", recipe["train"], policy=sft / "policy", output=ppo, seed=arguments.seed),
         )
 
     for policy, folder in ((sft, output / "eval-sft"), (ppo, output / f"eval-seed{arguments.seed}")):
-        if "eval" in recipe and not (folder / "summary.json").exists():
+        if "eval" in recipe and not (folder / "report.html").exists():
             spent.on(
                 folder.name, lambda p=policy, f=folder: rlvla("eval", recipe["eval"], policy=p / "policy", output=f)
             )

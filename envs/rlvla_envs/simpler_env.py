@@ -41,7 +41,7 @@ LOW = np.concatenate([np.full(c.size, c.low, np.float32) for c in ACTION])
 HIGH = np.concatenate([np.full(c.size, c.high, np.float32) for c in ACTION])
 
 HOLD = np.array([0, 0, 0, 0, 0, 0, 1], dtype=np.float32)
-"""The action of a scene whose episode is over."""
+"""The action of a scene whose episode is over: the arm stays, the gripper opens."""
 
 NUM_JOINTS = 8
 CONTROL_HZ = 5.0
@@ -126,7 +126,9 @@ class SimplerEnv:
             num_evaluation_states=sum(len(task.configurations) for task in self._tasks),
             tasks=tuple(task.name for task in self._tasks),
             evaluation_states_per_task=tuple(len(task.configurations) for task in self._tasks),
-            variant=f"success={self._rule}",
+            # What ran on a GPU is compared with nothing that did not.
+            variant=f"success={self._rule}" + (f",sim={BATCHED}" if backend == BATCHED else ""),
+            deterministic=backend != BATCHED,
             notes=notes,
         )
         if config.num_evaluation_states < self.spec.num_evaluation_states:
@@ -174,7 +176,7 @@ class SimplerEnv:
         """An expert episode in slot 0, with a frame before every action. See `simpler_experts`."""
         from rlvla_envs.simpler_experts import make_expert
 
-        if self.group_size > 1:
+        if self._settings["sim_backend"] == BATCHED:
             raise ValueError(
                 f"the experts of {self.spec.suite} act in one scene; collect with suite.options.sim_backend=physx_cpu."
             )

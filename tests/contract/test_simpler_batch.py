@@ -73,6 +73,13 @@ def config(*, batched: bool) -> SuiteConfig:
     )
 
 
+def test_what_ran_on_a_gpu_is_not_mistaken_for_what_ran_on_a_cpu(batch: LocalEnvs) -> None:
+    assert not batch.spec.deterministic
+    assert "physx_cuda" in batch.spec.variant
+    with pytest.raises(ValueError, match="collect with .*physx_cpu"):
+        batch.demonstrate([FIRST_TRAINING_STATE], [0])
+
+
 @pytest.fixture
 def batch(monkeypatch: pytest.MonkeyPatch) -> Iterator[LocalEnvs]:
     monkeypatch.setattr(simpler_env, "make_twin", SideBySide)
@@ -138,16 +145,22 @@ def test_an_episode_that_ends_early_stands_still_and_counts_no_more_steps(
     monkeypatch.setattr(type(world._slots[0].twin.task), "rules", property(lambda _: {"strict": strict}), raising=False)
     for slot in world._slots:
         slot.solved = {"strict": False}
+    given: list[np.ndarray] = []
+    twin = world._slots[0].twin
+    step = twin._step_action
+    monkeypatch.setattr(twin, "_step_action", lambda every: (given.append(every.copy()), step(every)))
     first = world.step_chunk([0, 1, 2], np.stack([actions(e, 0) for e in range(3)]))
     assert first.success.tolist() == [False, True, False]
     assert first.executed_steps.tolist() == [4, 2, 4]
-    still = world._slots[1].twin.twins[1].agent.robot.get_qpos()
+    # The third and fourth action of the solved scene were not the policy's.
+    assert np.array_equal(given[1][1], actions(1, 0)[1])
+    assert all(np.array_equal(given[h][1], simpler_env.HOLD) for h in (2, 3))
     with pytest.raises(RuntimeError, match="slot 1 .* no running episode"):
         world.step_chunk([0, 1], np.stack([actions(e, 1) for e in range(2)]))
     second = world.step_chunk([0, 2], np.stack([actions(e, 1) for e in (0, 2)]))
     assert second.truncated.tolist() == [True, True]
-    moved = (world._slots[1].twin.twins[1].agent.robot.get_qpos() - still).abs().max()
-    assert float(moved) < 0.05
+    assert np.array_equal(given[4][1], simpler_env.HOLD)
+    assert np.array_equal(given[4][2], actions(2, 1)[0])
 
 
 def test_a_part_of_the_scenes_cannot_restart_while_others_run(batch: LocalEnvs) -> None:

@@ -113,7 +113,7 @@ def assert_same_run(one: Path, other: Path) -> None:
         pytest.param("push", id="maniskill-over-ray", marks=[pytest.mark.simulator, pytest.mark.slow]),
     ],
 )
-def test_a_run_killed_three_times_ends_with_the_bits_of_one_that_was_not(suite: str, tmp_path: Path) -> None:
+def test_a_run_killed_four_times_ends_with_the_bits_of_one_that_was_not(suite: str, tmp_path: Path) -> None:
     settings = {
         "toy": (TOY, ["policy=qwen_vla_toy", "steps=20", "batch_size=8"]),
         "push": (PUSH, ["steps=3", "batch_size=4"]),
@@ -136,7 +136,11 @@ def test_a_run_killed_three_times_ends_with_the_bits_of_one_that_was_not(suite: 
         # It is over in milliseconds: who misses it kills a little later.
         return written or iterations_done(5)()
 
-    for moment in (before_is_half_done, iterations_done(2), learner_is_being_written):
+    def after_is_measured() -> bool:
+        return (killed / "evaluations" / "after.json").exists()
+
+    moments = (before_is_half_done, iterations_done(2), learner_is_being_written, after_is_measured)
+    for moment in moments:
         kill_when(moment, "train", [*common, f"output={killed}"])
     said = finish("train", [*common, f"output={killed}", "workers.envs_per_actor=2"])
     assert "going on after iteration" in said

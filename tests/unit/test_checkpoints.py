@@ -65,6 +65,20 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_it_used(tmp_path: Path
     assert verify(newest) == ""
 
 
+@pytest.mark.parametrize("keep", [1, 2])
+def test_damaged_ones_do_not_push_out_what_is_saved_next(tmp_path: Path, keep: int) -> None:
+    checkpoints = Checkpoints(tmp_path, keep=keep)
+    save(checkpoints, 2, success=0.9)
+    for iterations in (6, 7):
+        (save(checkpoints, iterations) / "state.json").write_text("{")
+    found = checkpoints.newest(lambda _: None)
+    assert found is not None
+    assert found[1].iterations == 2
+    saved = [save(checkpoints, iterations) for iterations in (3, 4)]
+    assert saved[-1].exists()
+    assert checkpoints.newest(pytest.fail) == (saved[-1], replace(STATE, iterations=4))
+
+
 def test_when_all_are_damaged_it_says_so_instead_of_starting_over(tmp_path: Path) -> None:
     checkpoints = Checkpoints(tmp_path, keep=2)
     (save(checkpoints, 1) / "state.json").unlink()
@@ -72,7 +86,15 @@ def test_when_all_are_damaged_it_says_so_instead_of_starting_over(tmp_path: Path
         checkpoints.newest(lambda _: None)
 
 
-@pytest.mark.parametrize("error", [OSError("No space left on device"), KeyboardInterrupt(), ValueError("x")])
+@pytest.mark.parametrize(
+    "error",
+    [
+        OSError("No space left on device"),
+        RuntimeError("PytorchStreamWriter failed"),
+        KeyboardInterrupt(),
+        ValueError("x"),
+    ],
+)
 def test_a_save_that_fails_leaves_nothing_and_harms_nothing(tmp_path: Path, error: BaseException) -> None:
     checkpoints = Checkpoints(tmp_path, keep=1)
     kept = save(checkpoints, 1)
@@ -81,7 +103,8 @@ def test_a_save_that_fails_leaves_nothing_and_harms_nothing(tmp_path: Path, erro
         (folder / "half").write_text("written")
         raise error
 
-    with pytest.raises(RuntimeError if isinstance(error, OSError) else type(error)):
+    full_disk = isinstance(error, OSError | RuntimeError)
+    with pytest.raises(RuntimeError if full_disk else type(error), match="goes on" if full_disk else None):
         checkpoints.save(replace(STATE, iterations=2), fail)
     assert names(tmp_path) == [kept.name]
     assert read_state(kept).iterations == 1

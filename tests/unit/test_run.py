@@ -71,8 +71,9 @@ def test_a_finished_run_a_run_of_another_verb_and_a_foreign_folder_are_refused(t
     begin(tmp_path)
     with pytest.raises(ConfigError, match="unfinished train run"):
         check_output(config(tmp_path), "eval")
-    (tmp_path / "run" / "summary.json").write_text("{}")
-    with pytest.raises(ConfigError, match="finished train run"):
+    for written_last in ("summary.json", "report.html"):
+        (tmp_path / "run" / written_last).write_text("{}")
+    with pytest.raises(ConfigError, match="a finished train run"):
         check_output(config(tmp_path), "train")
     (tmp_path / "run" / "run.json").unlink()
     with pytest.raises(ConfigError, match="not empty"):
@@ -85,6 +86,53 @@ def test_a_policy_that_changed_since_is_refused(tmp_path: Path) -> None:
         record.require_policy("abc")
         with pytest.raises(ConfigError, match="not those that .* started from"):
             record.require_policy("abd")
+
+
+def test_the_clock_counts_what_was_not_logged(tmp_path: Path) -> None:
+    begin(tmp_path)
+    # As a process leaves it that was killed in a long evaluation.
+    (tmp_path / "run" / ".minutes").write_text("40.5\n")
+    with Run.open(config(tmp_path), "train", total=1) as record:
+        assert 40.5 <= record.minutes() < 41
+
+
+def test_a_start_that_was_killed_before_it_began_anything_leaves_an_empty_folder(tmp_path: Path) -> None:
+    (tmp_path / "run").mkdir()
+    for left in (".lock", "config.yaml", "versions.json"):
+        (tmp_path / "run" / left).write_text("half")
+    with Run.open(config(tmp_path), "train", total=1) as record:
+        assert not record.resumed
+    assert "algo" in (tmp_path / "run" / "config.yaml").read_text()
+
+
+def test_a_run_without_its_report_is_not_finished(tmp_path: Path) -> None:
+    begin(tmp_path)
+    (tmp_path / "run" / "summary.json").write_text("{}")
+    assert check_output(config(tmp_path), "train")
+
+
+def test_going_on_with_other_software_is_an_alarm_once(tmp_path: Path) -> None:
+    begin(tmp_path)
+    versions = tmp_path / "run" / "versions.json"
+    versions.write_text(json.dumps(json.loads(versions.read_text()) | {"torch": "0.1"}))
+    for _ in range(2):
+        with Run.open(config(tmp_path), "train", total=1):
+            pass
+    rows = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    alarms = [row["message"] for row in rows if row["kind"] == "alarm"]
+    assert len(alarms) == 1
+    assert "torch 0.1 -> " in alarms[0]
+    assert json.loads(versions.read_text())["torch"] == "0.1"
+    assert len(json.loads(versions.read_text())["resumed_with"]) == 1
+
+
+def test_metrics_that_a_power_failure_shortened_are_an_alarm_and_not_padded(tmp_path: Path) -> None:
+    with Run.open(config(tmp_path), "train", total=1) as record:
+        record.log({"kind": "iteration", "iteration": 0})
+        record.truncate_metrics(record.metrics_bytes() + 100)
+    lines = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    assert [line["kind"] for line in lines] == ["iteration", "alarm"]
+    assert "lacks 100 bytes" in lines[1]["message"]
 
 
 def test_two_processes_never_write_to_one_folder(tmp_path: Path) -> None:
