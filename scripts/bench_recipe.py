@@ -9,6 +9,7 @@ stopped and started again; --no-run only renders what is there. The last line on
 import argparse
 import json
 import re
+import shlex
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -57,7 +58,7 @@ def render(recipe: str, output: Path, runs: dict[int, RunFolder]) -> str:
     minutes = json.loads((output / "minutes.json").read_text())
     v = {key: first.versions.get(key, "?") for key in ("cpu", "python", "torch", "mani_skill", "git_commit")}
     settings = yaml.safe_load((ROOT / "configs" / "recipe" / f"{recipe}.yaml").read_text())
-    commands = "\n".join(f"rlvla {verb} {' '.join(values)}" for verb, values in settings.items())
+    commands = "\n".join(f"rlvla {verb} {shlex.join(values)}" for verb, values in settings.items())
     comparisons = {seed: run.comparison for seed, run in runs.items()}
     parts = [
         f"# Measured: the recipe {recipe}\n\n<!-- Written by scripts/bench_recipe.py. -->\n",
