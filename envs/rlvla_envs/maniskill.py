@@ -21,7 +21,7 @@ from rlvla_envs.base import (
     Observation,
     SuiteConfig,
 )
-from rlvla_envs.maniskill_common import building_simulator, check_options, record_expert
+from rlvla_envs.maniskill_common import building_simulator, check_options, record_expert, renew_physics
 
 INSTRUCTIONS = {
     "PushCube-v1": "push the blue cube onto the red and white target",
@@ -93,6 +93,8 @@ class ManiSkillEnv:
         for slot, state in zip(slots, initial_states, strict=True):
             env = self._envs[slot]
             with _without_rendering(env):
+                if not env.gpu_sim_enabled:
+                    renew_physics(env)
                 env.reset(seed=int(state))
             self._elapsed[slot] = 0
             self._over[slot] = False

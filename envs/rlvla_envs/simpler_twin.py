@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 
+from rlvla_envs.maniskill_common import renew_physics
 from rlvla_envs.simpler_rules import Contacts, Situation
 from rlvla_envs.simpler_tasks import Task
 
@@ -119,7 +120,7 @@ def twin_class() -> type:
         def start(self, layouts: np.ndarray) -> None:
             """Begin an episode with source and target put at ``layouts`` [B, 2, 7] and left to come to rest."""
             if not self.gpu_sim_enabled:
-                self._renew_physics()
+                renew_physics(self)
             self._layouts = layouts
             self._obs_mode = "none"  # reset would take a picture nobody looks at
             try:
@@ -127,39 +128,31 @@ def twin_class() -> type:
             finally:
                 self._obs_mode = OBS_MODE
 
-        def _renew_physics(self) -> None:
-            """Move everything into a new physics world, 0.6 ms.
-
-            PhysX keeps free lists and contact caches, so that a world with a past gives other bits: after the same
-            placement the eggplant came to rest elsewhere in 22 of 33 episodes, up to 9 mm away. Adding the robot again
-            changes its motion by up to 0.0014 rad in six steps; so every episode does it, the first included.
-            """
-            old = self.scene.sub_scenes[0]
-            physics = sapien.physx.PhysxCpuSystem()
-            physics.timestep = self.scene.px.timestep
-            new = sapien.Scene([physics, old.render_system])
-            entities = list(old.entities)
-            # All out before the first goes in: the links of a robot cannot be in two worlds.
-            for entity in entities:
-                old.remove_entity(entity)
-            for entity in entities:
-                new.add_entity(entity)
-            self.scene.sub_scenes[0], self.scene.px = new, physics
-
         def _initialize_episode(self, env_idx: Any, options: dict[str, Any]) -> None:
             with torch.device(self.device):
                 # Upstream leaves the arm where the last episode ended, and it pushes what settles under it.
                 self.agent.robot.set_pose(sapien.Pose(OUT_OF_THE_WAY))
+                # While they settle it would go on to that episode's last target, and its next motion would depend
+                # on that by up to 0.002 rad.
+                self._rest_arm()
                 self._put_objects()
                 if self.gpu_sim_enabled:
                     self.scene._gpu_apply_all()
                 self._settle_objects()
-                position, joints = HOME[self.task.scene]
+                position, _ = HOME[self.task.scene]
                 self.agent.robot.set_pose(sapien.Pose(position, q=[0, 0, 0, 1]))
-                self.agent.reset(init_qpos=np.array([*joints, FINGERS_OPEN, FINGERS_OPEN]))
+                self._rest_arm()
             # Copies: the simulator overwrites its own buffers, and upstream its infos.
             self.source_start, self.target_start = self._position(self.task.source), self._position(self.task.target)
             self.source_half, self.target_half = self._half_box(self.task.source), self._half_box(self.task.target)
+
+        def _rest_arm(self) -> None:
+            """The arm at its home, without velocity and with nowhere to go."""
+            joints = np.array([*HOME[self.task.scene][1], FINGERS_OPEN, FINGERS_OPEN])
+            self.agent.reset(init_qpos=joints)
+            robot = self.agent.robot
+            targets = torch.tensor(joints, dtype=torch.float32).expand(self.num_envs, -1)
+            robot.set_joint_drive_targets(targets, robot.active_joints)
 
         def _put_objects(self) -> None:
             for i, name in enumerate((self.task.source, self.task.target)):
