@@ -110,7 +110,7 @@ def change(comparison: Any) -> tuple[str, ...]:
         f"{comparison['after']:.3f}",
         f"{100 * comparison['difference']:+.1f} [{low:+.1f}, {high:+.1f}]",
         f"{comparison['gained']} / {comparison['lost']} of {comparison['trials']}",
-        f"{comparison['p_value']:.1e}",
+        f"{comparison['p_value']:.2g}",
     )
 
 
