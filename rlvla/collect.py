@@ -22,7 +22,7 @@ def run(config: CollectConfig) -> dict[str, Any]:
     progress = Progress()
     kept = tried = frames = 0
     # The expert plays in the first environment of each actor; more would only take memory.
-    envs = open_envs(config.suite, dataclasses.replace(config.workers, envs_per_actor=1))
+    envs = open_envs(config.suite, dataclasses.replace(config.workers, envs_per_actor=1), config.cluster)
     try:
         spec = envs.spec
         about = {"suite": spec.suite, "task": spec.task, "env_spec": spec.to_dict()}

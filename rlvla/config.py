@@ -62,13 +62,42 @@ class WorkersConfig:
     """Ray actors; 0 means one per CPU core."""
     envs_per_actor: int = 8
     """Environments each actor steps in turn. More fill the inference batch better and cost memory (about 60 MB)."""
+    start_timeout_s: float = 300.0
+    """Longest an actor may take to find a place and to build its simulators."""
     timeout_s: float = 300.0
-    """Longest an actor may take to start or to answer one call."""
+    """Longest an actor may take to answer one call; one that takes longer is replaced. Once ten calls have shown the
+    pace, twenty times the slowest recent one will do, and never less than 30."""
+    max_restarts_per_hour: int = 60
+    """Simulators that died or hung are replaced and their episodes replayed, until it happens more often than this."""
+    quarantine_after: int = 2
+    """An initial state whose episode, replayed alone, killed its simulator so often is left out and named."""
 
     def __post_init__(self) -> None:
+        _require(self.start_timeout_s > 0, "workers.start_timeout_s", self.start_timeout_s, "positive")
+        _require(
+            self.max_restarts_per_hour >= 0, "workers.max_restarts_per_hour", self.max_restarts_per_hour, "0 or more"
+        )
+        _require(self.quarantine_after >= 1, "workers.quarantine_after", self.quarantine_after, "at least 1")
         _require(self.num_actors >= 0, "workers.num_actors", self.num_actors, "0 (one per core) or more")
         _require(self.envs_per_actor >= 1, "workers.envs_per_actor", self.envs_per_actor, "at least 1")
         _require(self.timeout_s > 0, "workers.timeout_s", self.timeout_s, "positive")
+
+
+@dataclass(kw_only=True)
+class ClusterConfig:
+    """The Ray that simulators run in."""
+
+    address: str | None = None
+    """host:port of the head of a running Ray cluster; null starts one for this run alone."""
+    token_file: str | None = None
+    """File with the cluster's token, mode 0600; null is rlvla's own, made when it is first needed."""
+    allow_unauthenticated: bool = False
+    """Join a cluster that lets in whoever asks. Whoever is in can run code on all its machines."""
+
+
+# Written so because `async` is a keyword: Schedule["async"].
+Schedule = Enum("Schedule", {"sync": "sync", "pingpong": "pingpong", "async": "async"})
+"""What simulators and learner do at the same time."""
 
 
 @dataclass(kw_only=True)
@@ -120,6 +149,8 @@ class AlgoConfig:
     """Of the value head."""
     value_hidden_sizes: tuple[int, ...] = ()
     """Hidden layers of the value head; none is linear, as in the paper."""
+    max_behaviour_weight: float = 2.0
+    """Bound of the importance weight of stale decisions (schedule=async)."""
     max_grad_norm: float = 1.0
     """Gradient-norm clip over all policy parameters."""
     train_vlm: bool = False
@@ -161,7 +192,15 @@ class AlgoConfig:
             self.value_clip,
             "positive, or null",
         )
-        positive = ("policy_lr", "vlm_lr", "value_lr", "max_policy_lr", "max_grad_norm", "kl_stop_factor")
+        positive = (
+            "policy_lr",
+            "vlm_lr",
+            "value_lr",
+            "max_policy_lr",
+            "max_grad_norm",
+            "kl_stop_factor",
+            "max_behaviour_weight",
+        )
         for name in (*positive, "mean_tolerance", "ratio_tolerance"):
             value = getattr(self, name)
             _require(0 < value < math.inf, f"algo.{name}", value, "positive and finite")
@@ -232,8 +271,17 @@ class TrainConfig:
     """auto, cpu, cuda or cuda:0."""
     suite: SuiteConfig = field(default_factory=SuiteConfig)
     workers: WorkersConfig = field(default_factory=WorkersConfig)
+    cluster: ClusterConfig = field(default_factory=ClusterConfig)
     algo: AlgoConfig = field(default_factory=AlgoConfig)
     eval: EvalConfig = field(default_factory=EvalConfig)
+    schedule: Schedule = Schedule.sync
+    """sync: simulators and policy take turns. pingpong: while one half of the actors runs its chunks the policy decides
+    for the other; the same bits, worth it where the policy has a device of its own. async: while one iteration's data
+    is learnt from, the next one's is collected with the weights before; worth it where the two run on different
+    devices."""
+    max_staleness: int = 1
+    """With schedule=async: how many updates old the weights may be that made a decision. Older ones are dropped and
+    counted."""
     iterations: int = 40
     """PPO iterations: collect whole episodes, update."""
     max_minutes: float | None = None
@@ -259,6 +307,9 @@ class TrainConfig:
         _check_common(self)
         _require(self.iterations >= 0, "iterations", self.iterations, "0 or more")
         _require(
+            self.max_staleness >= 1, "max_staleness", self.max_staleness, "at least 1: async data is one update old"
+        )
+        _require(
             self.episodes_per_iteration >= 1,
             "episodes_per_iteration",
             self.episodes_per_iteration,
@@ -282,6 +333,7 @@ class EvaluateConfig:
     device: str = "auto"
     suite: SuiteConfig = field(default_factory=SuiteConfig)
     workers: WorkersConfig = field(default_factory=WorkersConfig)
+    cluster: ClusterConfig = field(default_factory=ClusterConfig)
     eval: EvalConfig = field(default_factory=EvalConfig)
     inference_batch: int = 16
     """See `rlvla train`."""
@@ -301,6 +353,7 @@ class CollectConfig:
     seed: int = 0
     suite: SuiteConfig = field(default_factory=SuiteConfig)
     workers: WorkersConfig = field(default_factory=WorkersConfig)
+    cluster: ClusterConfig = field(default_factory=ClusterConfig)
 
     def __post_init__(self) -> None:
         _check_common(self)

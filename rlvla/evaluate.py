@@ -4,7 +4,7 @@ import dataclasses
 import itertools
 import json
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, cast
 
@@ -67,6 +67,8 @@ class Evaluation:
     """What a reader of the numbers has to know, from the suite: for example that an asset is a stand-in."""
     policy_sha256: str = ""
     """`weights_digest` of what was measured."""
+    quarantined: list[int] = field(default_factory=list)
+    """Initial states whose episodes killed their simulator again and again; they count as failures."""
 
     @classmethod
     def read(cls, path: Path) -> "Evaluation":
@@ -165,6 +167,7 @@ def evaluate(
             for index, task in enumerate(spec.task_names())
         },
         notes=list(spec.notes),
+        quarantined=[trial.state for trial, outcome in zip(trials, ended, strict=True) if outcome.killed_simulator],
     )
     return measured, seen
 
@@ -200,7 +203,18 @@ def play_trials(
         ]
         return actor.decide(observation, rngs, temperature=config.temperature).decision.action
 
+    lost: list[int] = []
     for turn in play(envs, [trials[e].state for e in chosen], decide):
+        for row, blamed in turn.lost.items():
+            e = int(number[row])
+            if blamed:
+                # Left out it would leave its pair; a policy that breaks the simulator has not solved the task.
+                ended(e, Outcome(0, int(steps[e]), {}, killed_simulator=True))
+            else:
+                lost.append(e)
+            success[e] = steps[e] = 0
+        if turn.result is None:
+            continue
         episodes = number[turn.episode]
         success[episodes] |= turn.result.success
         steps[episodes] += turn.result.executed_steps
@@ -209,6 +223,8 @@ def play_trials(
             # Of what the decisions of an episode measured the last one stays.
             metrics = {name: float(values[i]) for name, values in turn.result.metrics.items()}
             ended(e, Outcome(int(success[e]), int(steps[e]), metrics))
+    if lost:
+        play_trials(actor, envs, config, trials, lost, ended, seen=seen, shown=shown, donors=donors)
 
 
 def _means(metrics: Sequence[Mapping[str, float]]) -> dict[str, float]:
@@ -254,6 +270,13 @@ def measure(actor: Actor, envs: Envs, config: EvalConfig, record: Run, name: str
             found, seen = evaluate(actor, envs, settings, name=part, shown=frames, log=log, on_episodes=show)
         found = dataclasses.replace(found, policy_sha256=digest)
         record.evaluation(found, env_steps)
+        for incident in envs.take_incidents():
+            record.alarm(f"evaluation {part}", str(incident))
+        if found.quarantined:
+            record.alarm(
+                f"evaluation {part}",
+                f"initial states {found.quarantined} killed their simulator again and again; counted as failures",
+            )
         log.path.unlink()
         return found, seen
 
@@ -376,20 +399,20 @@ def _film_episode(actor: Actor, envs: Envs, config: EvalConfig, state: int) -> t
     empty = np.zeros(0, dtype=np.int64)
     nothing = np.zeros((0, 1, 1), dtype=np.float32)
     slot = np.zeros(1, dtype=np.int64)
-    observation, _ = envs.advance(Round(slot, np.array([state], dtype=np.int64), empty, nothing))
-    assert observation is not None
-    first = envs.film(0)
-    if first is None:
+    observation = envs.advance(Round(slot, np.array([state], dtype=np.int64), empty, nothing)).first
+    first = None if observation is None else envs.film(0)
+    if first is None or observation is None:
         return [], False, ""
     frames, decision = [first], 0
     while True:
         rng = keyed_rng(config.seed, Stream.EVALUATION, state, decision)
         chunk = actor.decide(observation, [rng], temperature=config.temperature).decision.action
         for h in range(chunk.shape[1]):
-            _, result = envs.advance(Round(empty, empty, slot, chunk[:, h : h + 1]))
-            assert result is not None
-            frame = envs.film(0)
-            assert frame is not None
+            result = envs.advance(Round(empty, empty, slot, chunk[:, h : h + 1])).result
+            frame = None if result is None else envs.film(0)
+            if result is None or frame is None:
+                # Its simulator died and the episode could not be played again; the measurement has it all the same.
+                return frames, False, observation.instruction[0]
             frames.append(frame)
             if result.done[0]:
                 # Hold the last frame for a moment: the eye wants to see how it ended.
@@ -441,7 +464,7 @@ def run(config: EvaluateConfig) -> dict[str, Any]:
     policy = load_policy(Path(config.policy), device)
     check_output(config, "eval")
     actor = Actor(policy, block=config.inference_batch, device=device)
-    envs = open_envs(config.suite, config.workers)
+    envs = open_envs(config.suite, config.workers, config.cluster)
     try:
         require_match(policy.env_spec, envs.spec)
         with Run.open(config, "eval", total=config.eval.trials) as record:

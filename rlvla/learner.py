@@ -14,7 +14,7 @@ from rlvla.config import AlgoConfig, LRSchedule
 from rlvla.policies.base import Context, FlowPolicy, ValueHead
 from rlvla.seeding import Stream, keyed_rng
 from rlvla_algos.flow import GaussianStep, Schedule, check_flow_sde, gaussian_kl, transition
-from rlvla_algos.ppo import explained_variance, ppo_loss
+from rlvla_algos.ppo import behaviour_weight, explained_variance, ppo_loss
 
 KL_STEER = 1.5
 """The learning rate moves by this factor when the KL leaves [target / 1.5, target * 1.5]."""
@@ -94,12 +94,20 @@ class Learner:
     def update(self, rollout: TensorDict, iteration: int) -> dict[str, float]:
         """One PPO update on a rollout that has ``advantage`` and ``value_target``.
 
+        Decisions of older weights (``version`` below ``iteration``) are learnt from by the decoupled objective
+        (`behaviour_weight`).
+
         Raises:
-            InvariantError: the learner does not score the rollout's own actions as the rollout did.
+            InvariantError: the learner does not score the rollout's own actions as the rollout did. Of stale decisions
+                this cannot be told.
         """
         data = rollout[rollout["valid"]]
         self._set_learning_rate(iteration)
-        self._check_before(data)
+        version = data.get("version")
+        if version is not None and bool((version < iteration).any()):
+            self._add_proximal(data)
+        else:
+            self._check_before(data)
         successes = int(data["next", "success"].sum())
         episodes = len(rollout)
         reason = self.critic_only_reason(iteration, successes, episodes)
@@ -161,6 +169,7 @@ class Learner:
                     clip_epsilon=config.clip_epsilon,
                     value_clip=config.value_clip,
                     value_coef=config.value_coef,
+                    behaviour_weight=batch.get("behaviour_weight"),
                 )
                 self._policy_optimizer.zero_grad(set_to_none=True)
                 self._value_optimizer.zero_grad(set_to_none=True)
@@ -210,6 +219,24 @@ class Learner:
             Context.from_tensordict(batch["context"]) if "context" in batch else self.policy.encode(batch["batch"])
         )
         return self.policy.value_features(context)
+
+    @torch.no_grad()
+    def _add_proximal(self, data: TensorDict) -> None:
+        """Score stale decisions by the weights as they are now, which are the centre of the trust region."""
+        news = [self.forward(batch) for batch in data.split(self.config.minibatch_size)]
+        proximal = torch.cat([new.log_prob for new in news])
+        weight = behaviour_weight(
+            proximal,
+            data["log_prob"],
+            data["mask"],
+            self.config.reduction.value,
+            self.config.max_behaviour_weight,
+        )
+        data["behaviour_weight"] = weight
+        data["log_prob"] = proximal
+        data["mean"] = torch.cat([new.gaussian.mean for new in news])
+        counted = data["mask"] if weight.ndim == 3 else torch.ones_like(weight, dtype=torch.bool)
+        self._checked = {"ppo/behaviour_weight": float(weight[counted].mean())}
 
     def _minibatches(self, data: TensorDict, iteration: int, epoch: int) -> list[TensorDict]:
         """A keyed permutation in equal parts: a small last minibatch would be a noisy step of full size."""

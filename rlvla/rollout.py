@@ -5,7 +5,7 @@ which slot plays an episode, and beside which others, changes nothing.
 """
 
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import cast
 
@@ -16,7 +16,7 @@ from tensordict import TensorDict
 from rlvla.acting import Actor
 from rlvla.policies.base import Context, ValueHead, pad_tokens
 from rlvla.seeding import Stream, keyed_rng
-from rlvla.workers import Envs, Round
+from rlvla.workers import Envs, Finish, Round
 from rlvla_algos.flow import Schedule
 from rlvla_envs.base import ChunkResult, EnvSpec, Observation
 
@@ -26,57 +26,120 @@ Decide = Callable[[Observation, np.ndarray, np.ndarray], np.ndarray]
 
 @dataclass(frozen=True)
 class Turn:
-    """One round: which decisions were taken and what came of them."""
+    """One round of one group of slots: which decisions were taken and what came of them."""
 
+    asked: tuple[int, int]
+    """Episode and decision of the first row that was decided, for whoever kept something about the round."""
+    rows: np.ndarray
+    """Of those that were decided: the ones that have a result."""
     episode: np.ndarray
     decision: np.ndarray
-    result: ChunkResult
+    result: ChunkResult | None
+    """[rows]; None where all were lost."""
+    lost: Mapping[int, bool]
+    """Episodes that ended with their simulator (`rlvla.workers.Reply.lost`)."""
 
 
-def play(envs: Envs, initial_states: Sequence[int], decide: Decide) -> Iterator[Turn]:
+class _Group:
+    """Slots whose rounds go out together."""
+
+    def __init__(self, slots: Sequence[int]) -> None:
+        self.slots = slots
+        self.waiting: dict[int, Observation] = {}
+        self.playing: dict[int, tuple[int, int]] = {}
+        """slot: (episode, decision)"""
+        self.round: tuple[Finish, list[tuple[int, int, int]], list[int]] | None = None
+        """What is under way: its end, restarts (slot, episode, state), slots that run a chunk."""
+
+    def begin(self, envs: Envs, queue: deque[tuple[int, int]], decide: Decide) -> None:
+        """Decide for the waiting slots, give the free ones their next episode, and send both off."""
+        restarts: list[tuple[int, int, int]] = []
+        size = envs.group_size
+        for start in range(0, len(self.slots), size):
+            together = self.slots[start : start + size]
+            if queue and not any(slot in self.playing for slot in together):
+                taken = _take_of_one_task(queue, envs.spec, size)
+                restarts += [(slot, *episode) for slot, episode in zip(together, taken, strict=False)]
+        slots = sorted(self.waiting)
+        if not slots and not restarts:
+            self.round = None
+            return
+        actions = np.zeros((0, 1, 1), dtype=np.float32)
+        if slots:
+            episodes, decisions = self._keys(slots)
+            actions = decide(Observation.concatenate([self.waiting[s] for s in slots]), episodes, decisions)
+        todo = Round(
+            restart_slots=np.array([s for s, _, _ in restarts], dtype=np.int64),
+            restart_states=np.array([state for _, _, state in restarts], dtype=np.int64),
+            chunk_slots=np.array(slots, dtype=np.int64),
+            chunk_actions=actions,
+        )
+        self.round = (envs.begin(todo), restarts, slots)
+
+    def finish(self) -> Turn | None:
+        """Wait for what was begun; None where no chunk was in it and nothing was lost."""
+        assert self.round is not None
+        wait, restarts, slots = self.round
+        reply = wait()
+        lost = {slot: blamed for slot, blamed in reply.lost.items() if slot in self.playing}
+        turn: Turn | None = None
+        rows = [row for row, slot in enumerate(slots) if slot not in reply.lost]
+        episodes, decisions = self._keys(slots)
+        gone = {self.playing[slot][0]: blamed for slot, blamed in lost.items()}
+        gone |= {episode: reply.lost[slot] for slot, episode, _ in restarts if slot in reply.lost}
+        if slots or gone:
+            asked = (int(episodes[0]), int(decisions[0])) if slots else (-1, -1)
+            turn = Turn(asked, np.array(rows, dtype=np.int64), episodes[rows], decisions[rows], reply.result, gone)
+        self.waiting = {}
+        for slot in lost:
+            del self.playing[slot]
+        for place, row in enumerate(rows):
+            slot = slots[row]
+            assert reply.result is not None
+            if reply.result.done[place]:
+                del self.playing[slot]
+            else:
+                self.playing[slot] = (self.playing[slot][0], self.playing[slot][1] + 1)
+                self.waiting[slot] = reply.result.observation.row(place)
+        for place, (slot, episode, _) in enumerate([one for one in restarts if one[0] not in reply.lost]):
+            assert reply.first is not None
+            self.playing[slot] = (episode, 0)
+            self.waiting[slot] = reply.first.row(place)
+        return turn
+
+    def _keys(self, slots: Sequence[int]) -> tuple[np.ndarray, np.ndarray]:
+        keys = np.array([self.playing[slot] for slot in slots], dtype=np.int64).reshape(-1, 2)
+        return keys[:, 0], keys[:, 1]
+
+
+def play(envs: Envs, initial_states: Sequence[int], decide: Decide, *, num_groups: int = 1) -> Iterator[Turn]:
     """Play one episode from every initial state and yield each round of decisions.
 
     A slot whose episode ended restarts while the others run their next chunk: a render each, so nobody waits. Where
     slots restart in groups, a group waits for its last episode and then takes the next ones of one task.
+
+    Args:
+        num_groups: the workers are dealt to so many groups, which take turns: while the chunks of one run, ``decide``
+            works for another. Episodes are the same for any number.
     """
     queue = deque(enumerate(initial_states))
-    size = envs.group_size
-    waiting: dict[int, Observation] = {}
-    playing: dict[int, tuple[int, int]] = {}
-    while queue or playing:
-        restarts: list[tuple[int, int, int]] = []
-        for first_slot in range(0, envs.num_slots, size):
-            group = range(first_slot, first_slot + size)
-            if queue and not any(slot in playing for slot in group):
-                taken = _take_of_one_task(queue, envs.spec, size)
-                restarts += [(slot, *episode) for slot, episode in zip(group, taken, strict=False)]
-        slots = sorted(waiting)
-        episodes = np.array([playing[s][0] for s in slots], dtype=np.int64)
-        decisions = np.array([playing[s][1] for s in slots], dtype=np.int64)
-        actions = np.zeros((0, 1, 1), dtype=np.float32)
-        if slots:
-            actions = decide(Observation.concatenate([waiting[s] for s in slots]), episodes, decisions)
-        first, result = envs.advance(
-            Round(
-                restart_slots=np.array([s for s, _, _ in restarts], dtype=np.int64),
-                restart_states=np.array([state for _, _, state in restarts], dtype=np.int64),
-                chunk_slots=np.array(slots, dtype=np.int64),
-                chunk_actions=actions,
-            )
+    workers = envs.num_slots // envs.slots_per_worker
+    if num_groups > workers:
+        raise ValueError(
+            f"{num_groups} groups of simulators cannot take turns where there are {workers} workers. Set "
+            f"workers.num_actors to at least {num_groups}, or schedule=sync."
         )
-        waiting = {}
-        if result is not None:
-            for row, slot in enumerate(slots):
-                if result.done[row]:
-                    del playing[slot]
-                else:
-                    playing[slot] = (playing[slot][0], playing[slot][1] + 1)
-                    waiting[slot] = result.observation.row(row)
-            yield Turn(episodes, decisions, result)
-        for row, (slot, episode, _) in enumerate(restarts):
-            assert first is not None
-            playing[slot] = (episode, 0)
-            waiting[slot] = first.row(row)
+    slots = np.arange(envs.num_slots).reshape(workers, -1)
+    groups = [_Group(slots[first::num_groups].flatten().tolist()) for first in range(num_groups)]
+    for group in groups:
+        group.begin(envs, queue, decide)
+    while any(group.round for group in groups):
+        for group in groups:
+            if group.round:
+                turn = group.finish()
+                if turn is not None:
+                    yield turn
+                group.begin(envs, queue, decide)
 
 
 def _take_of_one_task(queue: deque[tuple[int, int]], spec: EnvSpec, number: int) -> list[tuple[int, int]]:
@@ -100,6 +163,7 @@ def collect(
     key: tuple[int, int],
     store_context: bool,
     value_final: bool = True,
+    num_groups: int = 1,
     on_episodes: Callable[[int], None] = lambda _: None,
 ) -> TensorDict:
     """Play training episodes with the stochastic sampler and record what the update needs.
@@ -110,20 +174,25 @@ def collect(
             inputs, to be encoded again.
         value_final: value the final observation of truncated episodes. Without a bootstrap at the time limit nobody
             reads it, and it costs a pass of the VLM.
+        num_groups: see `play`.
         on_episodes: told how many episodes have ended.
 
     Returns:
-        A TensorDict [E, T] over episodes and decisions, zero where ``valid`` is False:
+        A TensorDict [E, T] over episodes and decisions, zero where ``valid`` is False. Episodes that were lost with
+        their simulator are not in it:
 
         * ``context`` or ``batch``; ``before``, ``after``, ``mean``, ``log_prob`` [H, K]; ``step``
         * ``mask`` [H, K]: action entries that are not padding and were executed
-        * ``state_value``; (``next``, ``state_value``, ``reward``, ``terminated``, ``truncated``, ``done``, ``success``,
+        * ``initial_state``, ``state_value``
+        * (``next``, ``state_value``, ``reward``, ``terminated``, ``truncated``, ``done``, ``success``,
           ``executed_steps``)
     """
     seed, iteration = key
     policy = actor.policy
     device = actor.device
     pieces: list[TensorDict] = []
+    decided: dict[tuple[int, int], TensorDict] = {}
+    lost: set[int] = set()
     rows: list[np.ndarray] = []
     finals: list[tuple[int, int, Observation]] = []
     ended = 0
@@ -135,26 +204,32 @@ def collect(
         thought = actor.decide(observation, rngs, temperature=1.0, schedule=schedule)
         made = thought.decision
         source = {"context": thought.context.to_tensordict()} if store_context else {"batch": thought.batch}
-        pieces.append(
-            TensorDict(
-                {
-                    **source,
-                    "before": made.before,
-                    "after": made.after,
-                    "mean": made.mean,
-                    "log_prob": made.log_prob,
-                    "step": made.step,
-                    "value_features": policy.value_features(thought.context),
-                },
-                batch_size=[len(made.step)],
-                device=device,
-            )
+        decided[int(episode[0]), int(decision[0])] = TensorDict(
+            {
+                **source,
+                "before": made.before,
+                "after": made.after,
+                "mean": made.mean,
+                "log_prob": made.log_prob,
+                "step": made.step,
+                "value_features": policy.value_features(thought.context),
+            },
+            batch_size=[len(made.step)],
+            device=device,
         )
         return made.action
 
-    for turn in play(envs, initial_states, decide):
+    for turn in play(envs, initial_states, decide, num_groups=num_groups):
+        lost |= turn.lost.keys()
+        ended += len(turn.lost)
         result = turn.result
+        if result is None:
+            on_episodes(ended)
+            continue
         rows.append(np.stack([turn.episode, turn.decision], axis=1))
+        piece = decided.pop(turn.asked)
+        # Indexing copies, and nothing is lost on most days.
+        pieces.append(piece if len(turn.rows) == len(piece) else piece[torch.from_numpy(turn.rows).to(device)])
         pieces[-1]["next"] = TensorDict(
             {
                 "reward": torch.from_numpy(result.reward.copy()),
@@ -175,7 +250,19 @@ def collect(
         ended += int(result.done.sum())
         on_episodes(ended)
 
+    if len(lost) == len(initial_states):
+        raise RuntimeError(
+            f"every one of {len(lost)} episodes was lost with its simulator. Look at the warnings above, and run rlvla "
+            "eval on this suite with workers.kind=local to see what the simulator says."
+        )
     rollout = _arrange(pieces, np.concatenate(rows), len(initial_states), envs.spec.max_decisions)
+    states = torch.tensor(initial_states, device=device)[:, None]
+    rollout["initial_state"] = states.expand(rollout.batch_size).clone()
+    if lost:
+        kept = [episode for episode in range(len(initial_states)) if episode not in lost]
+        rollout = rollout[torch.tensor(kept, device=device)]
+        new_place = {episode: place for place, episode in enumerate(kept)}
+        finals = [(new_place[e], t, o) for e, t, o in finals if e in new_place]
     # Values of all decisions at once: a value's last bit depends on how many rows the critic is run on, and how many
     # act at a time depends on how many simulators there are.
     with torch.no_grad():

@@ -10,15 +10,16 @@ from tensordict import TensorDict
 
 from rlvla.acting import Actor
 from rlvla.checkpoints import Checkpoints, TrainState
-from rlvla.config import AlgoConfig, Discount, TrainConfig
+from rlvla.config import AlgoConfig, Discount, Schedule, TrainConfig
 from rlvla.evaluate import Evaluation, compare, evaluate, measure
 from rlvla.learner import Learner
 from rlvla.mixing import check_weights, task_weights, training_states
+from rlvla.pipeline import Collector, drop_stale, make_collector
 from rlvla.policies.base import ValueHead
 from rlvla.policies.folder import load_policy, load_weights, save_policy
 from rlvla.policies.qwen_vla import QwenVLA
+from rlvla.recovery import Incident
 from rlvla.report import write_report
-from rlvla.rollout import collect
 from rlvla.run import Run, check_output, pick_device
 from rlvla.seeding import seed_torch
 from rlvla.trials import weights_digest
@@ -48,7 +49,8 @@ def run(config: TrainConfig) -> dict[str, Any]:
     actor = Actor(policy, block=config.inference_batch, device=device)
 
     check_output(config, "train")
-    envs = open_envs(config.suite, config.workers)
+    envs = open_envs(config.suite, config.workers, config.cluster)
+    collector: Collector | None = None
     try:
         require_match(policy.env_spec, envs.spec)
         check_weights(config, envs.spec)
@@ -60,12 +62,15 @@ def run(config: TrainConfig) -> dict[str, Any]:
                 record.progress.bar("episodes", ended, config.episodes_per_iteration)
                 record.tick()
 
+            collector = make_collector(config, policy, value_head, envs, schedule, actor, show_episodes)
+
             def write_checkpoint(folder: Path) -> None:
                 save_policy(policy, folder / "policy")
                 torch.save(learner.state_dict(), folder / "learner.pt")
+                collector.save(folder)
 
             before = measure(actor, envs, config.eval, record, "before", env_steps=0)
-            state = resume(checkpoints, record, policy, learner)
+            state = resume(checkpoints, record, policy, learner, collector)
             if state is None:
                 state = TrainState(
                     iterations=0,
@@ -85,25 +90,21 @@ def run(config: TrainConfig) -> dict[str, Any]:
                     if iteration % config.save_every:
                         checkpoints.save(state, write_checkpoint)
                     break
-                weights = task_weights(config, envs.spec.task_names(), state.difficulty)
-                states = training_states(
-                    envs.spec, weights, config.episodes_per_iteration, seed=config.seed, iteration=iteration
-                )
-                rollout = collect(
-                    actor,
-                    value_head,
-                    envs,
-                    states,
-                    schedule=schedule,
-                    key=(config.seed, iteration),
-                    store_context=not config.algo.train_vlm,
-                    value_final=config.algo.bootstrap_time_limit,
-                    on_episodes=show_episodes,
-                )
+                difficulty = state.difficulty
+
+                def states_of(iteration: int, difficulty: dict[str, float] = difficulty) -> list[int]:
+                    weights = task_weights(config, envs.spec.task_names(), difficulty)
+                    return training_states(
+                        envs.spec, weights, config.episodes_per_iteration, seed=config.seed, iteration=iteration
+                    )
+
+                rollout = collector.take(iteration, states_of)
                 collected = record.minutes()
 
+                stale = drop_stale(rollout, iteration, config.max_staleness)
                 add_advantages(rollout, config.algo)
                 updated = learner.update(rollout, iteration)
+                incidents = envs.take_incidents()
 
                 env_steps = state.env_steps + int(rollout["next", "executed_steps"].sum())
                 row: dict[str, Any] = {
@@ -112,21 +113,27 @@ def run(config: TrainConfig) -> dict[str, Any]:
                     "env_steps": env_steps,
                     "minutes": record.minutes(),
                     **describe(rollout),
-                    **describe_tasks(rollout, states, envs.spec),
+                    **describe_tasks(rollout, envs.spec),
+                    **describe_incidents(incidents),
+                    "rollout/stale_decisions": stale,
                     **updated,
                     "time/rollout_s": 60 * (collected - started),
                     "time/update_s": 60 * (record.minutes() - collected),
                 }
-                if state.unseen_evaluation is not None:
+                if state.unseen_evaluation is not None and config.schedule is not Schedule["async"]:
                     # The rollout and the last evaluation had the same weights: the samplers alone differ.
                     evaluation = Evaluation.read(record.folder / "evaluations" / f"{state.unseen_evaluation}.json")
                     row["rollout/sde_gap"] = sde_gap(row, evaluation)
-                row["speed/env_steps_per_s"] = row["rollout/env_steps"] / row["time/rollout_s"]
+                seconds = row["time/rollout_s"] + row["time/update_s"] * (config.schedule is Schedule["async"])
+                row["speed/env_steps_per_s"] = row["rollout/env_steps"] / seconds
                 record.log(row)
                 record.progress.iteration(row)
                 sound_alarms(record, row, config.algo)
+                for incident in incidents:
+                    record.alarm(f"iteration {iteration}", str(incident))
                 measured: Evaluation | None = None
                 if config.eval.every and (iteration + 1) % config.eval.every == 0:
+                    collector.drain()
                     quarter = replace(config.eval, trials=-(-config.eval.trials // 4), noise_seeds=1)
                     measured, _ = evaluate(actor, envs, quarter, name=f"iteration-{iteration + 1:04d}")
                     record.evaluation(measured, env_steps)
@@ -146,6 +153,7 @@ def run(config: TrainConfig) -> dict[str, Any]:
                 if measured or (iteration + 1) % config.save_every == 0 or iteration + 1 == config.iterations:
                     checkpoints.save(state, write_checkpoint)
 
+            collector.drain()
             save_policy(policy, record.folder / "policy")
             after = measure(actor, envs, config.eval, record, "after", env_steps=state.env_steps)
 
@@ -167,10 +175,14 @@ def run(config: TrainConfig) -> dict[str, Any]:
             write_report(record.folder)
             return summary
     finally:
+        if collector is not None:
+            collector.close()
         envs.close()
 
 
-def resume(checkpoints: Checkpoints, record: Run, policy: QwenVLA, learner: Learner) -> TrainState | None:
+def resume(
+    checkpoints: Checkpoints, record: Run, policy: QwenVLA, learner: Learner, collector: Collector
+) -> TrainState | None:
     """Put the newest good checkpoint into ``policy`` and ``learner``; None where there is none yet.
 
     Raises:
@@ -183,6 +195,7 @@ def resume(checkpoints: Checkpoints, record: Run, policy: QwenVLA, learner: Lear
     folder, state = found
     load_weights(policy, folder / "policy" / "model.safetensors")
     learner.load_state_dict(torch.load(folder / "learner.pt", weights_only=True, map_location="cpu"))
+    collector.load(folder)
     record.truncate_metrics(state.metrics_bytes)
     for problem in damaged:
         record.alarm(f"iteration {state.iterations}", problem)
@@ -223,12 +236,22 @@ def describe(rollout: TensorDict) -> dict[str, float]:
     }
 
 
-def describe_tasks(rollout: TensorDict, states: Sequence[int], spec: EnvSpec) -> dict[str, float]:
+def describe_incidents(incidents: Sequence[Incident]) -> dict[str, float]:
+    """Simulators that were replaced."""
+    return {
+        "env/restarts": len(incidents),
+        "env/replayed_chunks": sum(incident.replayed_chunks for incident in incidents),
+        "env/lost_episodes": sum(incident.lost_episodes for incident in incidents),
+        "time/recovery_s": sum(incident.recovery_s for incident in incidents),
+    }
+
+
+def describe_tasks(rollout: TensorDict, spec: EnvSpec) -> dict[str, float]:
     """Success and episodes of each task, where a suite mixes several."""
     if len(spec.task_names()) == 1:
         return {}
     success = rollout["next", "success"].any(dim=1).cpu()
-    task = torch.tensor([spec.task_of(state) for state in states])
+    task = torch.tensor([spec.task_of(int(state)) for state in rollout["initial_state"][:, 0]])
     row: dict[str, float] = {}
     for i, name in enumerate(spec.task_names()):
         row[f"rollout/episodes/{name}"] = int((task == i).sum())

@@ -40,6 +40,8 @@ class Outcome:
     steps: int
     metrics: Mapping[str, float]
     """What else the suite measured, at the episode's end."""
+    killed_simulator: bool = False
+    """The episode never ended: it killed its simulator whenever it was played."""
 
 
 def plan_trials(spec: EnvSpec, config: EvalConfig) -> list[Trial]:
@@ -100,7 +102,9 @@ class TrialLog:
             # A line that was spoilt is an episode that is played again.
             with contextlib.suppress(ValueError, KeyError, TypeError):
                 row = json.loads(line)
-                self.outcomes[row["episode"]] = Outcome(row["success"], row["steps"], row["metrics"])
+                self.outcomes[row["episode"]] = Outcome(
+                    row["success"], row["steps"], row["metrics"], row.get("killed_simulator", False)
+                )
                 kept.append(line)
         path.parent.mkdir(parents=True, exist_ok=True)
         stage = path.with_suffix(".partial")
@@ -121,5 +125,6 @@ class TrialLog:
             "success": outcome.success,
             "steps": outcome.steps,
             "metrics": dict(outcome.metrics),
+            **({"killed_simulator": True} if outcome.killed_simulator else {}),
         }
         self._file.write(json.dumps(row) + "\n")

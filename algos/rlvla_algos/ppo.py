@@ -61,6 +61,7 @@ def ppo_loss(
     clip_epsilon: float,
     value_clip: float | None,
     value_coef: float,
+    behaviour_weight: Float[Tensor, "M *entries"] | None = None,
 ) -> PPOLoss:
     """PPO-clip and the clipped value error (arXiv:1707.06347, eqs. 7 and 9).
 
@@ -78,11 +79,14 @@ def ppo_loss(
         clip_epsilon: half-width of the trust region on the ratio, in (0, 1).
         value_clip: the value may move this far from ``old_value`` before its gradient stops; None never.
         value_coef: weight of the value error in ``total``.
+        behaviour_weight: of `behaviour_weight`, where ``old_log_prob`` is not of the policy that collected.
     """
     log_ratio, counts = chunk_log_ratio(log_prob, old_log_prob, mask, reduction)
     ratio = log_ratio.exp()
     clipped = ratio.clamp(1 - clip_epsilon, 1 + clip_epsilon)
     weight = advantage.reshape(-1, *[1] * (ratio.ndim - 1))
+    if behaviour_weight is not None:
+        weight = weight * behaviour_weight
     num_counted = counts.sum().clamp(min=1)
     policy = -(torch.minimum(ratio * weight, clipped * weight) * counts).sum() / num_counted
 
@@ -100,6 +104,23 @@ def ppo_loss(
         clip_fraction=((away > clip_epsilon).sum() / num_counted).detach(),
         ratio_error=away.max().detach(),
     )
+
+
+def behaviour_weight(
+    proximal_log_prob: Float[Tensor, "M H K"],
+    behaviour_log_prob: Float[Tensor, "M H K"],
+    mask: Bool[Tensor, "M H K"],
+    reduction: Reduction,
+    max_weight: float,
+) -> Float[Tensor, "M *entries"]:
+    """min(pi_proximal / pi_behaviour, ``max_weight``): what stale data counts in the decoupled objective.
+
+    The ratio that is clipped is that to the proximal policy, the weights at the start of the update; this factor turns
+    the expectation over what the older behaviour policy did into one over what the proximal one would have done
+    (arXiv:2110.00641, eq. 2). The bound keeps its variance finite.
+    """
+    log_ratio, _ = chunk_log_ratio(proximal_log_prob, behaviour_log_prob, mask, reduction)
+    return log_ratio.exp().clamp(max=max_weight)
 
 
 def normalize_advantage(advantage: Float[Tensor, "..."], valid: Bool[Tensor, "..."]) -> Float[Tensor, "..."]:

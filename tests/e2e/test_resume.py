@@ -110,19 +110,24 @@ def assert_same_run(one: Path, other: Path) -> None:
     "suite",
     [
         pytest.param("toy", id="toy"),
+        pytest.param("async", id="toy-one-step-off"),
         pytest.param("push", id="maniskill-over-ray", marks=[pytest.mark.simulator, pytest.mark.slow]),
     ],
 )
 def test_a_run_killed_four_times_ends_with_the_bits_of_one_that_was_not(suite: str, tmp_path: Path) -> None:
     settings = {
-        "toy": (TOY, ["policy=qwen_vla_toy", "steps=20", "batch_size=8"]),
-        "push": (PUSH, ["steps=3", "batch_size=4"]),
+        "toy": (TOY, ["policy=qwen_vla_toy", "steps=20", "batch_size=8"], "sync"),
+        "async": (TOY, ["policy=qwen_vla_toy", "steps=20", "batch_size=8"], "async"),
+        # The run that is killed takes turns as well: sync and pingpong give the same weights.
+        "push": (PUSH, ["steps=3", "batch_size=4"], "pingpong"),
     }
-    overrides, training = settings[suite]
+    overrides, training, schedule = settings[suite]
     policy = make_policy(tmp_path, overrides, *training)
     common = [*overrides, *TRAIN, f"policy={policy}", "iterations=6"]
     straight, killed = tmp_path / "straight", tmp_path / "killed"
-    finish("train", [*common, f"output={straight}"])
+    undisturbed = "sync" if schedule == "pingpong" else schedule
+    finish("train", [*common, f"output={straight}", f"schedule={undisturbed}"])
+    common.append(f"schedule={schedule}")
 
     def before_is_half_done() -> bool:
         log = killed / "evaluations" / "before.episodes.jsonl"

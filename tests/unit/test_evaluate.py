@@ -12,6 +12,7 @@ import pytest
 from rlvla.config import EvalConfig
 from rlvla.evaluate import Evaluation, compare, evaluate, filmed_states, image_donors
 from rlvla.trials import TrialLog, evaluation_states
+from rlvla.workers import Reply
 from rlvla_envs.base import ChunkResult, EnvSpec, Observation
 
 NAMES = ("carrot", "spoon")
@@ -49,11 +50,14 @@ class Envs:
     )
 
     def __init__(self, num_slots: int, group_size: int = 1) -> None:
-        self.num_slots, self.group_size = num_slots, group_size
+        self.num_slots, self.group_size, self.slots_per_worker = num_slots, group_size, group_size
         self.state = np.zeros(num_slots, dtype=np.int64)
         self.visited: list[int] = []
 
-    def advance(self, turn: Any) -> tuple[Observation | None, ChunkResult | None]:
+    def begin(self, turn: Any) -> Any:
+        return lambda: self.advance(turn)
+
+    def advance(self, turn: Any) -> Reply:
         result = None
         if len(turn.chunk_slots):
             state = self.state[turn.chunk_slots]
@@ -76,7 +80,7 @@ class Envs:
                 assert len({self.spec.task_of(int(state)) for state in turn.restart_states[restarted]}) == 1
         self.state[turn.restart_slots] = turn.restart_states
         self.visited += turn.restart_states.tolist()
-        return (self.look(len(turn.restart_slots)) if len(turn.restart_slots) else None), result
+        return Reply(self.look(len(turn.restart_slots)) if len(turn.restart_slots) else None, result)
 
     @staticmethod
     def look(rows: int) -> Observation:

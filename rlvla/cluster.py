@@ -1,0 +1,109 @@
+"""Ray: an embedded one for a run alone, or a cluster that is already there. Both are spoken to with a token."""
+
+import logging
+import os
+import secrets
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any, cast
+
+from rlvla.config import ClusterConfig, ConfigError
+
+PROBE_S = 60
+
+
+def connect(config: ClusterConfig, num_actors: int) -> Any:
+    """Start or join Ray, once a process.
+
+    Raises:
+        ConfigError: the cluster cannot be reached, or lets in whoever asks.
+    """
+    # Read when Ray starts: no idle workers, and a token that only we can read.
+    os.environ.setdefault("RAY_prestart_worker_first_driver", "0")
+    # Ray starts workers at low priority, and any other load on the machine would starve the simulators.
+    os.environ.setdefault("RAY_worker_niceness", "0")
+    os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
+    os.environ.setdefault("RAY_AUTH_MODE", "token")
+    if config.token_file is not None:
+        os.environ["RAY_AUTH_TOKEN_PATH"] = str(_private(Path(config.token_file)))
+    else:
+        os.environ.setdefault("RAY_AUTH_TOKEN_PATH", str(own_token()))
+    import ray
+
+    if ray.is_initialized():
+        return cast(Any, ray)
+    quiet: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.ERROR}
+    if config.address is None:
+        ray.init(
+            num_cpus=max(num_actors, os.cpu_count() or 1),
+            include_dashboard=False,
+            object_store_memory=512 * 1024**2,
+            **quiet,
+        )
+        return cast(Any, ray)
+    if not config.allow_unauthenticated and answers_without_token(config.address):
+        raise ConfigError(
+            f"the Ray cluster at {config.address} lets in whoever asks, and whoever is in can run code on all its "
+            "machines. Start its nodes with RAY_AUTH_MODE=token and the token of cluster.token_file, or accept the "
+            "risk with cluster.allow_unauthenticated=true."
+        )
+    try:
+        ray.init(address=config.address, **quiet)
+    except (ConnectionError, RuntimeError) as error:
+        raise ConfigError(
+            f"cannot join the Ray cluster at {config.address}: {_first_line(error)}. cluster.address is host:port of "
+            f"its head (ray start --head --port=6379), the token is read from {os.environ['RAY_AUTH_TOKEN_PATH']}; "
+            "choose another with cluster.token_file."
+        ) from error
+    return cast(Any, ray)
+
+
+def own_token() -> Path:
+    """Ray's own token file is readable by everybody on the machine; this one is not."""
+    folder = Path(os.environ.get("XDG_STATE_HOME", Path.home() / ".local" / "state")) / "rlvla"
+    folder.mkdir(parents=True, exist_ok=True, mode=0o700)
+    path = folder / "ray_token"
+    if not path.exists():
+        descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
+        with os.fdopen(descriptor, "w") as file:
+            file.write(secrets.token_hex(32))
+    return path
+
+
+def answers_without_token(address: str) -> bool:
+    """Whether a stranger can join: tried, in a process of its own, for nothing that a cluster says of itself proves
+    it."""
+    program = "import sys, ray; ray.init(address=sys.argv[1], log_to_driver=False, logging_level='CRITICAL')"
+    environment = {k: v for k, v in os.environ.items() if not k.startswith("RAY_AUTH")}
+    try:
+        stranger = subprocess.run(
+            [sys.executable, "-c", program, address],
+            env=environment | {"RAY_AUTH_MODE": "disabled"},
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL,
+            timeout=PROBE_S,
+            check=False,
+        )
+    except subprocess.TimeoutExpired:
+        return False
+    return stranger.returncode == 0
+
+
+def _private(path: Path) -> Path:
+    if not path.is_file():
+        raise ConfigError(
+            f"cluster.token_file is {path}, which is no file. Put the cluster's token there, with mode 0600."
+        )
+    mode = path.stat().st_mode & 0o777
+    if mode & 0o077:
+        raise ConfigError(
+            f"cluster.token_file {path} has mode {mode:04o}: others on this machine can read the cluster's token. "
+            f"Run: chmod 600 {path}"
+        )
+    return path
+
+
+def _first_line(error: Exception) -> str:
+    text = str(error).strip().splitlines()
+    return text[0] if text else type(error).__name__

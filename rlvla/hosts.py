@@ -1,0 +1,141 @@
+"""The inside of a simulator process: one `VecEnv`, spoken to in dictionaries of contiguous numpy arrays."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+from rlvla_envs.base import (
+    ChunkResult,
+    Demonstration,
+    Demonstrator,
+    Filmable,
+    Grouped,
+    Observation,
+    SuiteConfig,
+    VecEnv,
+)
+from rlvla_envs.suites import make_env
+
+Arrays = dict[str, np.ndarray]
+
+
+class SimulatorHost:
+    """What a simulator process does for its driver."""
+
+    def __init__(self, suite: SuiteConfig, num_envs: int) -> None:
+        import torch
+
+        # One simulator a core: more threads in each only fight.
+        torch.set_num_threads(1)
+        self._suite, self._num_envs = suite, num_envs
+        self._env: VecEnv | None = None
+
+    def spec(self) -> dict[str, Any]:
+        """Builds the simulators: here and not in the constructor, so that an error arrives as itself."""
+        self._env = make_env(self._suite, self._num_envs)
+        return self._env.spec.to_dict() | {"group_size": group_size(self._env)}
+
+    def ready(self) -> bool:
+        """Answers as soon as the process runs, long before it has a simulator."""
+        return True
+
+    def advance(self, request: Arrays) -> Arrays:
+        env = self._ready()
+        reply: Arrays = {}
+        if len(request["restart_slots"]):
+            first = env.reset(request["restart_slots"].tolist(), request["restart_states"].tolist())
+            reply |= pack_observation(first, "restart/")
+        if len(request["chunk_slots"]):
+            reply |= pack_result(env.step_chunk(request["chunk_slots"].tolist(), request["chunk_actions"]), "chunk/")
+        return reply
+
+    def replay(self, slot: int, state: int, chunks: Sequence[np.ndarray]) -> Arrays:
+        """Bring one slot where another simulator had it: the episode from ``state`` with ``chunks`` [n][H C] played.
+        The reply is that of the last chunk, or of the restart where there is none."""
+        env = self._ready()
+        reply = pack_observation(env.reset([slot], [state]), "restart/")
+        for chunk in chunks:
+            reply = pack_result(env.step_chunk([slot], chunk[None]), "chunk/")
+        return reply
+
+    def demonstrate(self, state: int, seed: int) -> Arrays:
+        demonstration = require_expert(self._ready()).demonstrate(state, seed)
+        reply = {f"images/{name}": image for name, image in demonstration.images.items()}
+        reply |= {
+            "action": demonstration.action,
+            "instruction": np.array(demonstration.instruction),
+            "success": np.array(demonstration.success),
+        }
+        if demonstration.state is not None:
+            reply["state"] = demonstration.state
+        return reply
+
+    def film(self, slot: int) -> np.ndarray | None:
+        env = self._ready()
+        return env.film(slot) if isinstance(env, Filmable) else None
+
+    def _ready(self) -> VecEnv:
+        assert self._env is not None, "spec() builds the simulators and comes first"
+        return self._env
+
+
+RESULT_FIELDS = ("reward", "terminated", "truncated", "success", "executed_steps")
+
+
+def pack_observation(observation: Observation, prefix: str) -> Arrays:
+    arrays = {f"{prefix}images/{name}": image for name, image in observation.images.items()}
+    arrays[f"{prefix}instruction"] = np.array(observation.instruction)
+    if observation.state is not None:
+        arrays[f"{prefix}state"] = observation.state
+    return arrays
+
+
+def unpack_observation(arrays: Arrays, prefix: str) -> Observation:
+    images = f"{prefix}images/"
+    return Observation(
+        images={key.removeprefix(images): value for key, value in arrays.items() if key.startswith(images)},
+        instruction=[str(text) for text in arrays[f"{prefix}instruction"]],
+        state=arrays.get(f"{prefix}state"),
+    )
+
+
+def pack_result(result: ChunkResult, prefix: str) -> Arrays:
+    arrays = pack_observation(result.observation, prefix)
+    arrays |= {f"{prefix}{name}": getattr(result, name) for name in RESULT_FIELDS}
+    return arrays | {f"{prefix}metrics/{name}": values for name, values in result.metrics.items()}
+
+
+def unpack_result(arrays: Arrays, prefix: str) -> ChunkResult:
+    reward, terminated, truncated, success, executed = (arrays[f"{prefix}{name}"] for name in RESULT_FIELDS)
+    metrics = f"{prefix}metrics/"
+    return ChunkResult(
+        observation=unpack_observation(arrays, prefix),
+        reward=reward,
+        terminated=terminated,
+        truncated=truncated,
+        success=success,
+        executed_steps=executed,
+        metrics={key.removeprefix(metrics): value for key, value in arrays.items() if key.startswith(metrics)},
+    )
+
+
+def unpack_demonstration(arrays: Arrays) -> Demonstration:
+    prefix = "images/"
+    return Demonstration(
+        images={k.removeprefix(prefix): v for k, v in arrays.items() if k.startswith(prefix)},
+        state=arrays.get("state"),
+        action=arrays["action"],
+        instruction=str(arrays["instruction"]),
+        success=bool(arrays["success"]),
+    )
+
+
+def group_size(env: VecEnv) -> int:
+    return env.group_size if isinstance(env, Grouped) else 1
+
+
+def require_expert(env: VecEnv) -> Demonstrator:
+    if not isinstance(env, Demonstrator):
+        raise ValueError(f"suite {env.spec.suite} has no scripted expert. Bring your own demonstrations.")
+    return env

@@ -1,0 +1,392 @@
+"""Simulators in Ray actors, and what is done when one of them dies or hangs."""
+
+import os
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from rlvla.cluster import connect
+from rlvla.config import ClusterConfig, WorkersConfig
+from rlvla.hosts import (
+    Arrays,
+    SimulatorHost,
+    unpack_demonstration,
+    unpack_observation,
+    unpack_result,
+)
+from rlvla.recovery import Deadlines, HostGoneError, Incident, Played, Restarts
+from rlvla.workers import Finish, Reply, Round
+from rlvla_envs.base import ChunkResult, Demonstration, EnvSpec, Observation, SuiteConfig
+
+
+@dataclass(frozen=True)
+class _Share:
+    """One worker's part of a round: rows of the round."""
+
+    worker: int
+    restart_rows: np.ndarray
+    chunk_rows: np.ndarray
+
+    @property
+    def work(self) -> int:
+        return len(self.restart_rows) + len(self.chunk_rows)
+
+
+@dataclass(frozen=True)
+class _Call:
+    reply: Any
+    worker: int
+    work: int
+    doing: str
+    started: float
+    deadline_s: float
+
+
+@dataclass
+class _Parts:
+    """Rows that have come in, in any order."""
+
+    first: list[tuple[np.ndarray, Observation]]
+    result: list[tuple[np.ndarray, ChunkResult]]
+    lost: dict[int, bool]
+
+
+class RayEnvs:
+    """Slots spread over Ray actors; slot s lives in actor s // envs_per_actor.
+
+    Ray never restarts an actor or repeats a call for us: a repeated call would step a fresh simulator and
+    return wrong results without an error. A simulator that died or missed its deadline is replaced here and its
+    episodes are replayed (`rlvla.recovery`).
+    """
+
+    host_class: type[SimulatorHost] = SimulatorHost
+
+    def __init__(self, suite: SuiteConfig, workers: WorkersConfig, cluster: ClusterConfig, num_actors: int) -> None:
+        self._suite, self._workers = suite, workers
+        self._per_actor = self.slots_per_worker = workers.envs_per_actor
+        self._label = f"{suite.name} {suite.task}"
+        self._ray = connect(cluster, num_actors)
+        # Embedded, the machine is ours and has as many cores as it has; on a cluster Ray is to place them.
+        self._cpus = 0 if cluster.address is None else 1
+        self._deadlines = Deadlines(workers.timeout_s)
+        self._restarts = Restarts(workers.max_restarts_per_hour, workers.quarantine_after)
+        self._played: dict[int, Played] = {}
+        self._incidents: list[Incident] = []
+        self._actors: list[Any] = []
+        try:
+            self._check_room(num_actors)
+            self._actors = [self._create() for _ in range(num_actors)]
+            specs = self._start(range(num_actors))
+        except HostGoneError as why:
+            self.close()
+            raise RuntimeError(f"a simulator actor ({self._label}) {why}") from None
+        except BaseException:
+            self.close()
+            raise
+        self._announced = specs[0]
+        self.group_size = int(specs[0]["group_size"])
+        self.spec = EnvSpec.from_dict({k: v for k, v in specs[0].items() if k != "group_size"})
+        self.num_slots = num_actors * self._per_actor
+
+    # --- rounds
+
+    def advance(self, todo: Round) -> Reply:
+        return self.begin(todo)()
+
+    def begin(self, todo: Round) -> Finish:
+        refused = np.array([self._restarts.quarantined(state) for state in todo.restart_states.tolist()], dtype=bool)
+        shares = [share for share in self._shares(todo, refused) if share.work]
+        calls = [
+            self._call(share.worker, "advance", self._request(todo, share), work=share.work, doing="running a chunk")
+            for share in shares
+        ]
+
+        def finish() -> Reply:
+            parts = _Parts([], [], {int(slot): True for slot in todo.restart_slots[refused]})
+            gone: list[tuple[_Share, str]] = []
+            for share, call in zip(shares, calls, strict=True):
+                try:
+                    self._take(parts, share, self._answer(call))
+                except HostGoneError as why:
+                    gone.append((share, str(why)))
+            # After the others: their work is done and must not wait in the object store behind a death.
+            for share, reason in gone:
+                self._recover(parts, todo, share, reason)
+            return self._reply(parts, todo)
+
+        return finish
+
+    def _shares(self, todo: Round, refused: np.ndarray) -> Iterator[_Share]:
+        for worker in range(len(self._actors)):
+            restarts = (todo.restart_slots // self._per_actor == worker) & ~refused
+            chunks = todo.chunk_slots // self._per_actor == worker
+            yield _Share(worker, np.flatnonzero(restarts), np.flatnonzero(chunks))
+
+    def _request(self, todo: Round, share: _Share) -> Arrays:
+        base = share.worker * self._per_actor
+        return {
+            "restart_slots": todo.restart_slots[share.restart_rows] - base,
+            "restart_states": todo.restart_states[share.restart_rows],
+            "chunk_slots": todo.chunk_slots[share.chunk_rows] - base,
+            "chunk_actions": todo.chunk_actions[share.chunk_rows],
+        }
+
+    @staticmethod
+    def _take(parts: _Parts, share: _Share, arrays: Arrays) -> None:
+        if len(share.restart_rows):
+            parts.first.append((share.restart_rows, unpack_observation(arrays, "restart/")))
+        if len(share.chunk_rows):
+            parts.result.append((share.chunk_rows, unpack_result(arrays, "chunk/")))
+
+    def _reply(self, parts: _Parts, todo: Round) -> Reply:
+        """Rows in the order asked; from here on they count as played."""
+        first = result = None
+        if parts.first:
+            order = np.argsort(np.concatenate([rows for rows, _ in parts.first]))
+            first = Observation.concatenate([part for _, part in parts.first]).take(order)
+        if parts.result:
+            order = np.argsort(np.concatenate([rows for rows, _ in parts.result]))
+            result = ChunkResult.concatenate([part for _, part in parts.result]).take(order)
+        for slot, state in zip(todo.restart_slots.tolist(), todo.restart_states.tolist(), strict=True):
+            self._played[slot] = Played(state)
+        kept = [row for row, slot in enumerate(todo.chunk_slots.tolist()) if slot not in parts.lost]
+        for place, row in enumerate(kept):
+            slot = int(todo.chunk_slots[row])
+            assert result is not None
+            if result.done[place]:
+                del self._played[slot]
+            else:
+                self._played[slot].chunks.append(todo.chunk_actions[row])
+        for slot in parts.lost:
+            self._played.pop(slot, None)
+        return Reply(first, result, parts.lost)
+
+    # --- recovery
+
+    def _recover(self, parts: _Parts, todo: Round, share: _Share, why: str) -> None:
+        """Replace a worker, bring its episodes to where they were and do what it was asked to do."""
+        noticed = time.monotonic()
+        base = share.worker * self._per_actor
+        pending = {int(todo.chunk_slots[row]): row for row in share.chunk_rows}
+        begun = {int(todo.restart_slots[row]): row for row in share.restart_rows}
+        wanted = {slot: Played(int(todo.restart_states[row])) for slot, row in begun.items()}
+        for slot in range(base, base + self._per_actor):
+            if slot in self._played and slot not in begun:
+                chunks = [*self._played[slot].chunks, *([todo.chunk_actions[pending[slot]]] if slot in pending else [])]
+                wanted[slot] = Played(self._played[slot].state, chunks)
+        replayable = self.spec.deterministic and self.group_size == 1
+        while True:
+            self._restarts.count(why)
+            lost = {slot: True for slot, played in wanted.items() if self._restarts.quarantined(played.state)}
+            if not replayable:
+                lost |= {slot: False for slot in wanted if slot not in begun and slot not in lost}
+            try:
+                self._replace(share.worker)
+                if replayable:
+                    made = self._replay(
+                        share.worker, {s: p for s, p in wanted.items() if s not in lost}, begun, pending
+                    )
+                else:
+                    made = self._restart(share, todo, lost)
+                break
+            except HostGoneError as again:
+                why = str(again)
+        parts.first += made.first
+        parts.result += made.result
+        parts.lost.update(lost)
+        self._incidents.append(
+            Incident(
+                worker=share.worker,
+                why=why,
+                recovery_s=time.monotonic() - noticed,
+                replayed_chunks=sum(len(played.chunks) for slot, played in wanted.items() if slot not in lost),
+                lost_episodes=len(lost),
+            )
+        )
+
+    def _replay(self, worker: int, wanted: dict[int, Played], begun: dict[int, int], pending: dict[int, int]) -> _Parts:
+        """One slot after the other, so that a death has one name. Rows are those of restarts and of pending chunks."""
+        made = _Parts([], [], {})
+        for slot, played in wanted.items():
+            arguments = (slot - worker * self._per_actor, played.state, played.chunks)
+            call = self._call(worker, "replay", *arguments, work=1 + len(played.chunks), doing="replaying an episode")
+            try:
+                reply = self._answer(call)
+            except HostGoneError:
+                self._restarts.blame(played.state)
+                raise
+            if slot in begun:
+                made.first.append((np.array([begun[slot]]), unpack_observation(reply, "restart/")))
+            elif slot in pending:
+                made.result.append((np.array([pending[slot]]), unpack_result(reply, "chunk/")))
+        return made
+
+    def _restart(self, share: _Share, todo: Round, lost: dict[int, bool]) -> _Parts:
+        """Where episodes cannot be replayed: the restarts alone."""
+        made = _Parts([], [], {})
+        rows = np.array([row for row in share.restart_rows if int(todo.restart_slots[row]) not in lost], dtype=np.int64)
+        if len(rows):
+            alone = _Share(share.worker, rows, np.zeros(0, dtype=np.int64))
+            request = self._request(todo, alone)
+            call = self._call(share.worker, "advance", request, work=len(rows), doing="restarting episodes")
+            try:
+                self._take(made, alone, self._answer(call))
+            except HostGoneError:
+                for state in todo.restart_states[rows].tolist():
+                    self._restarts.blame(state)
+                raise
+        return made
+
+    def _replace(self, worker: int) -> None:
+        """A fresh actor in the place of one that is gone. A node's death is noticed late: the first ones that Ray puts
+        there die too, so this goes on until ``start_timeout_s``."""
+        until = time.monotonic() + self._workers.start_timeout_s
+        pause = 0.1
+        while True:
+            with suppress(Exception):
+                self._ray.kill(self._actors[worker])
+            self._actors[worker] = self._create()
+            try:
+                announced = self._start([worker])[0]
+                break
+            except HostGoneError as error:
+                if time.monotonic() + pause > until:
+                    raise RuntimeError(f"simulator {worker} ({self._label}) cannot be replaced: {error}.") from error
+                time.sleep(pause)
+                pause *= 2
+        if announced != self._announced:
+            raise RuntimeError(
+                f"simulator {worker} came back as another one: it announces {announced} and announced "
+                f"{self._announced} before. Were files of the suite changed while the run was going?"
+            )
+
+    def take_incidents(self) -> list[Incident]:
+        incidents, self._incidents = self._incidents, []
+        return incidents
+
+    # --- other calls
+
+    def demonstrate(self, states: Sequence[int], seeds: Sequence[int]) -> list[Demonstration]:
+        asked = list(zip(states, seeds, strict=True))
+        # One at a time in each actor, so that a deadline is that of one demonstration.
+        found: list[Demonstration] = []
+        for start in range(0, len(asked), len(self._actors)):
+            wave = asked[start : start + len(self._actors)]
+            calls = [self._demonstration(worker, *one) for worker, one in enumerate(wave)]
+            for worker, (one, call) in enumerate(zip(wave, calls, strict=True)):
+                found.append(unpack_demonstration(self._persist(worker, call, self._demonstration, *one)))
+        return found
+
+    def _demonstration(self, worker: int, state: int, seed: int) -> _Call:
+        # As long as any call may take: an expert's episode has no size that is known before.
+        call = self._call(worker, "demonstrate", state, seed, work=0, doing=f"demonstrating state {state}")
+        return _Call(call.reply, worker, 0, call.doing, call.started, self._workers.timeout_s)
+
+    def film(self, slot: int) -> np.ndarray | None:
+        worker = slot // self._per_actor
+
+        def ask(worker: int) -> _Call:
+            return self._call(worker, "film", slot % self._per_actor, work=1, doing="filming")
+
+        frame: np.ndarray | None = self._persist(worker, ask(worker), ask)
+        return frame
+
+    def _persist(self, worker: int, call: _Call, again: Callable[..., _Call], *arguments: int) -> Any:
+        """The answer of a call that changes nothing which its simulator's replacement would not have."""
+        nothing = np.zeros(0, dtype=np.int64)
+        for _ in range(self._workers.quarantine_after):
+            try:
+                return self._answer(call)
+            except HostGoneError as why:
+                todo = Round(nothing, nothing, nothing, np.zeros((0, 1, 1), dtype=np.float32))
+                self._recover(_Parts([], [], {}), todo, _Share(worker, nothing, nothing), str(why))
+                call = again(worker, *arguments)
+        try:
+            return self._answer(call)
+        except HostGoneError as why:
+            raise RuntimeError(
+                f"simulator {worker} ({self._label}) {why}, {self._workers.quarantine_after + 1} times in a row."
+            ) from why
+
+    def close(self) -> None:
+        for actor in self._actors:
+            with suppress(Exception):
+                self._ray.kill(actor)
+        self._actors = []
+        self._ray.shutdown()
+
+    # --- actors and calls
+
+    def _create(self) -> Any:
+        options = {"num_cpus": self._cpus, "max_restarts": 0, "max_task_retries": 0, "scheduling_strategy": "SPREAD"}
+        host = self._ray.remote(**options)(self.host_class)
+        return host.remote(self._suite, self._per_actor)
+
+    def _check_room(self, num_actors: int) -> None:
+        """Ray waits for ever for what a cluster will never have."""
+        there = self._ray.cluster_resources().get("CPU", 0)
+        if num_actors * self._cpus > there:
+            raise RuntimeError(
+                f"{num_actors} simulator actors need a CPU each and the cluster has {there:g}. Set "
+                f"workers.num_actors={int(there)} or add nodes (ray start --address=...)."
+            )
+
+    def _start(self, workers: Sequence[int]) -> list[dict[str, Any]]:
+        """Build the simulators of some actors side by side; what each announces."""
+        limit = self._workers.start_timeout_s
+        started = time.monotonic()
+        waiting = [self._actors[worker].ready.remote() for worker in workers]
+        placed, _ = self._ray.wait(waiting, num_returns=len(waiting), timeout=limit)
+        if len(placed) < len(waiting):
+            free, there = (
+                {k: v for k, v in have().items() if k in ("CPU", "GPU", "memory")}
+                for have in (self._ray.available_resources, self._ray.cluster_resources)
+            )
+            raise RuntimeError(
+                f"{len(waiting) - len(placed)} of {len(waiting)} simulator actors found no place within {limit:g} s. "
+                f"Each asks for {self._cpus} CPU; of {there} there is {free} free. Stop other jobs, lower "
+                "workers.num_actors or raise workers.start_timeout_s."
+            )
+        calls = [_Call(self._actors[worker].spec.remote(), worker, 0, "starting", started, limit) for worker in workers]
+        return [self._answer(call) for call in calls]
+
+    def _call(self, worker: int, method: str, *arguments: Any, work: int, doing: str) -> _Call:
+        reply = getattr(self._actors[worker], method).remote(*arguments)
+        return _Call(reply, worker, work, doing, time.monotonic(), self._deadlines.of(work))
+
+    def _answer(self, call: _Call) -> Any:
+        """A call's answer.
+
+        Raises:
+            HostGoneError: the actor died, or missed the deadline, which counts from when it was asked.
+            Exception: the simulator's own, as itself.
+        """
+        exceptions = self._ray.exceptions
+        left = call.deadline_s - (time.monotonic() - call.started)
+        try:
+            answer = self._ray.get(call.reply, timeout=max(0.0, left))
+        except exceptions.RayTaskError as error:
+            cause = error.cause if isinstance(error.cause, Exception) else error
+            raise cause from None
+        except exceptions.GetTimeoutError:
+            raise HostGoneError(
+                f"did not answer within {call.deadline_s:.3g} s while {call.doing} ({os.cpu_count()} cores for "
+                f"{len(self._actors)} actors; workers.timeout_s is {self._workers.timeout_s:g})"
+            ) from None
+        except exceptions.RayActorError as error:
+            raise HostGoneError(f"died while {call.doing}: {_cause(error)}") from None
+        if call.work:
+            self._deadlines.took(time.monotonic() - call.started, call.work)
+        return answer
+
+
+def _cause(error: Exception) -> str:
+    """Ray says a lot around one useful sentence, and guesses at causes that nobody asked for."""
+    text = str(error).partition("Some common causes")[0]
+    _, found, detail = text.partition("Worker exit detail:")
+    lines = [line.strip() for line in (detail if found else text).splitlines() if line.strip()]
+    return (lines or [type(error).__name__])[-1]
