@@ -3,6 +3,7 @@
 import logging
 import os
 import secrets
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -10,6 +11,7 @@ from typing import Any, cast
 
 from rlvla.config import ClusterConfig, ConfigError
 
+KNOCK_S = 10
 PROBE_S = 60
 
 
@@ -42,6 +44,7 @@ def connect(config: ClusterConfig, num_actors: int) -> Any:
             **quiet,
         )
         return cast(Any, ray)
+    _require_listener(config.address)
     if not config.allow_unauthenticated and answers_without_token(config.address):
         raise ConfigError(
             f"the Ray cluster at {config.address} lets in whoever asks, and whoever is in can run code on all its "
@@ -88,6 +91,20 @@ def answers_without_token(address: str) -> bool:
     except subprocess.TimeoutExpired:
         return False
     return stranger.returncode == 0
+
+
+def _require_listener(address: str) -> None:
+    """Ray itself knocks for minutes at a door that is not there."""
+    host, _, port = address.rpartition(":")
+    if not host or not port.isdigit():
+        raise ConfigError(f"cluster.address is {address!r}; it must be host:port of the head of a Ray cluster.")
+    try:
+        socket.create_connection((host, int(port)), timeout=KNOCK_S).close()
+    except OSError as error:
+        raise ConfigError(
+            f"nothing answers at cluster.address={address}: {error}. Is the head running (ray start --head "
+            "--port=6379), and is the port open between the two machines?"
+        ) from error
 
 
 def _private(path: Path) -> Path:

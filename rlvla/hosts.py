@@ -1,5 +1,6 @@
 """The inside of a simulator process: one `VecEnv`, spoken to in dictionaries of contiguous numpy arrays."""
 
+import platform
 from collections.abc import Sequence
 from typing import Any
 
@@ -36,9 +37,9 @@ class SimulatorHost:
         self._env = make_env(self._suite, self._num_envs)
         return self._env.spec.to_dict() | {"group_size": group_size(self._env)}
 
-    def ready(self) -> bool:
-        """Answers as soon as the process runs, long before it has a simulator."""
-        return True
+    def ready(self) -> str:
+        """Answers as soon as the process runs, long before it has a simulator: the name of its machine."""
+        return platform.node()
 
     def advance(self, request: Arrays) -> Arrays:
         env = self._ready()
