@@ -123,7 +123,7 @@ def _table(schema: type, rows: Iterable[tuple[str, str, str]], *, prefix: str = 
 
 def _field_type(schema: type, key: str) -> Any:
     first, _, rest = key.partition(".")
-    found = next(f.type for f in dataclasses.fields(schema) if f.name == first)
+    found = typing.get_type_hints(schema)[first]
     return _field_type(typing.cast(type, found), rest) if rest else found
 
 

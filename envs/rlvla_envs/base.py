@@ -1,15 +1,20 @@
 """What a world is: the `VecEnv` Protocol, the conventions it declares, and the records that cross its border.
 
 Axes: B rows (the slots named in a call), H actions in a chunk, A action channels, S state channels, h and w
-pixels. Everything that travels is numpy, so a world may live in another process or another interpreter.
+pixels. Everything that travels is numpy, so a world may live in another process or another interpreter: this file
+needs numpy and Python 3.10, nothing else.
 """
+
+from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
-from typing import Any, NamedTuple, Protocol, runtime_checkable
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol, runtime_checkable
 
 import numpy as np
-from jaxtyping import Bool, Float, Float32, Int64, UInt8
+
+if TYPE_CHECKING:
+    from jaxtyping import Bool, Float, Float32, Int64, UInt8
 
 FIRST_TRAINING_STATE = 1_000_000
 """Initial states are integers. Those below are the enumerated, held-back evaluation states of a suite;
@@ -116,7 +121,7 @@ class EnvSpec:
         return asdict(self)
 
     @staticmethod
-    def from_dict(data: dict[str, Any]) -> "EnvSpec":
+    def from_dict(data: dict[str, Any]) -> EnvSpec:
         return EnvSpec(
             **{
                 **data,
@@ -141,10 +146,10 @@ class Observation:
     def __len__(self) -> int:
         return len(self.instruction)
 
-    def row(self, i: int) -> "Observation":
+    def row(self, i: int) -> Observation:
         return self.take([i])
 
-    def take(self, rows: Sequence[int] | np.ndarray) -> "Observation":
+    def take(self, rows: Sequence[int] | np.ndarray) -> Observation:
         index = np.asarray(rows, dtype=np.int64)
         return Observation(
             images={name: image[index] for name, image in self.images.items()},
@@ -153,7 +158,7 @@ class Observation:
         )
 
     @staticmethod
-    def concatenate(parts: Sequence["Observation"]) -> "Observation":
+    def concatenate(parts: Sequence[Observation]) -> Observation:
         first = parts[0]
         return Observation(
             images={name: np.concatenate([p.images[name] for p in parts]) for name in first.images},
@@ -182,7 +187,7 @@ class ChunkResult:
     """What else the suite measures, up to and including the last step: for example "success_maniskill" beside
     another success rule. The same keys in every result of a suite; none for most."""
 
-    def take(self, rows: Sequence[int] | np.ndarray) -> "ChunkResult":
+    def take(self, rows: Sequence[int] | np.ndarray) -> ChunkResult:
         index = np.asarray(rows, dtype=np.int64)
         return ChunkResult(
             observation=self.observation.take(index),
@@ -200,7 +205,7 @@ class ChunkResult:
         return done
 
     @staticmethod
-    def concatenate(parts: Sequence["ChunkResult"]) -> "ChunkResult":
+    def concatenate(parts: Sequence[ChunkResult]) -> ChunkResult:
         return ChunkResult(
             observation=Observation.concatenate([p.observation for p in parts]),
             reward=np.concatenate([p.reward for p in parts]),
@@ -341,6 +346,8 @@ class SuiteConfig:
     """Height and width in pixels of what the policy sees."""
     num_evaluation_states: int = 1000
     """How many enumerated, held-back initial states the suite offers."""
+    python: str | None = None
+    """Another Python interpreter that hosts the simulator, for example /home/me/robotwin/bin/python. null: this one."""
     options: dict[str, Any] = field(default_factory=dict)
     """Of this suite alone; each suite names and checks its own."""
 

@@ -2,6 +2,7 @@
 
 import difflib
 import importlib
+import os
 import re
 from pathlib import Path
 
@@ -16,21 +17,45 @@ SUITES = {
 
 
 def check_suite(config: SuiteConfig) -> None:
-    """Raise ValueError for a suite nobody has, with the nearest one."""
+    """Raise ValueError for a suite nobody has, with the nearest one, or an interpreter that is not there."""
     if config.name not in SUITES:
         close = difflib.get_close_matches(config.name, SUITES, n=1)
         hint = f" Did you mean {close[0]!r}?" if close else ""
         raise ValueError(f"suite.name is {config.name!r}, which does not exist.{hint} Suites: {', '.join(SUITES)}.")
+    if config.python is not None:
+        interpreter_path(config.python)
+
+
+def interpreter_path(python: str) -> str:
+    """`SuiteConfig.python` as an absolute path.
+
+    Raises:
+        ValueError: there is nothing that could be run.
+    """
+    # Not resolved: the interpreter of a virtual environment is a link, and finds its packages by the link's place.
+    path = Path(os.path.abspath(Path(python).expanduser()))
+    if path.is_file() and os.access(path, os.X_OK):
+        return str(path)
+    inside = path / "bin" / "python"
+    hint = f" Did you mean {inside}?" if inside.is_file() else ""
+    raise ValueError(
+        f"suite.python is {python!r}, and {path} is no program that can be run.{hint} Make a virtual environment for "
+        "the simulator and give its bin/python (docs/how-to/foreign-simulators.md), or leave suite.python=null."
+    )
 
 
 def make_env(config: SuiteConfig, num_envs: int) -> VecEnv:
-    """Build ``num_envs`` simulators of a suite in this process.
+    """Build ``num_envs`` simulators of a suite: in this process, or in another interpreter if the suite names one.
 
     Raises:
-        ValueError: unknown suite, task or option.
+        ValueError: unknown suite, task or option, or no such interpreter.
         RuntimeError: the simulator cannot run on this machine; the message has the cure.
     """
     check_suite(config)
+    if config.python is not None:
+        from rlvla_envs.foreign import ForeignEnv
+
+        return ForeignEnv(config, num_envs)
     module, name = SUITES[config.name].split(":")
     env: VecEnv = getattr(importlib.import_module(module), name)(config, num_envs)
     return env

@@ -111,6 +111,13 @@ def test_a_world_imports_at_its_top_only_what_every_world_has() -> None:
     assert not offences(imports(ENVS), lambda i: not i.at_import or i.package in allowed or is_standard(i.package))
 
 
+def test_what_every_simulator_host_loads_needs_numpy_alone() -> None:
+    loaded = [ENVS[0].parent / f"{name}.py" for name in ("__init__", "base", "suites", "wire", "foreign_host", "toy")]
+    allowed = {"numpy", "rlvla_envs"}
+    found = [i for i in imports(loaded) if i.at_import]
+    assert not offences(found, lambda i: i.package in allowed or is_standard(i.package))
+
+
 def test_ray_lives_in_the_cluster_module_and_nowhere_else() -> None:
     found = [i for i in imports(ALGOS + ENVS + SYSTEM) if i.package == "ray"]
     assert {str(i.file) for i in found} == {"rlvla/cluster.py"}

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import sys
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from typing import Any
@@ -37,26 +38,32 @@ SMALL = {
 }
 SMALL = {name: replace(c, image_size=32, chunk_size=H, max_episode_steps=LIMIT) for name, c in SMALL.items()}
 
-IN_PROCESS = {"toy"}
-"""Suites that run anywhere; the others need a simulator."""
+ABROAD = {"toy abroad": replace(SMALL["toy"], python=sys.executable)}
+"""Worlds in another process, through the socket: they promise the same."""
+
+RUN_ANYWHERE = {"toy", *ABROAD}
+"""The others need a simulator."""
 
 Build = Callable[..., VecEnv]
 
 
 @pytest.fixture(
     scope="module",
-    params=[pytest.param(name, marks=() if name in IN_PROCESS else pytest.mark.simulator) for name in SUITES],
+    params=[
+        pytest.param(name, marks=() if name in RUN_ANYWHERE else pytest.mark.simulator) for name in (*SUITES, *ABROAD)
+    ],
 )
 def build(request: pytest.FixtureRequest) -> Iterator[Build]:
     """Worlds of one suite: ``build(num_envs, **changes of the configuration)``."""
-    if request.param not in SMALL:
+    small = SMALL | ABROAD
+    if request.param not in small:
         pytest.fail(f"{request.param} is in SUITES and has no small configuration in SMALL; add one.")
     if request.param.startswith("simpler_env"):
         request.getfixturevalue("simpler_assets")
     opened: list[VecEnv] = []
 
     def make(num_envs: int = 1, **changes: Any) -> VecEnv:
-        opened.append(make_env(replace(SMALL[request.param], **changes), num_envs))
+        opened.append(make_env(replace(small[request.param], **changes), num_envs))
         return opened[-1]
 
     yield make

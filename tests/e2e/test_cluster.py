@@ -155,11 +155,17 @@ def test_a_cluster_that_lets_in_strangers_is_refused_unless_asked_for(start: Sta
     workers = WorkersConfig(num_actors=1, envs_per_actor=1)
     with pytest.raises(ConfigError, match=r"lets in whoever asks.*cluster\.allow_unauthenticated=true"):
         open_envs(suite, workers, ClusterConfig(address=cluster.address))
-    envs = open_envs(suite, workers, ClusterConfig(address=cluster.address, allow_unauthenticated=True))
-    try:
-        assert envs.num_slots == 1
-    finally:
-        envs.close()
+    # In a process of its own, for the same reason as the cluster.
+    program = (
+        "import sys; from rlvla.workers import *; from rlvla.compose import compose; "
+        "config = compose('train', ['policy=x', 'suite=toy', 'workers.num_actors=1', 'workers.envs_per_actor=1', "
+        "f'cluster.address={sys.argv[1]}', 'cluster.allow_unauthenticated=true']); "
+        "envs = open_envs(config.suite, config.workers, config.cluster); print(envs.num_slots); envs.close()"
+    )
+    joined = subprocess.run(
+        [sys.executable, "-c", program, cluster.address], capture_output=True, text=True, timeout=200
+    )
+    assert joined.stdout.strip() == "1", joined.stderr[-2000:]
 
 
 def test_more_actors_than_the_cluster_has_room_for_are_refused_at_once(start: Start) -> None:

@@ -1,5 +1,6 @@
 """The whole system on the 2-D world: demonstrations, SFT, PPO, and the promises about bits."""
 
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -62,8 +63,8 @@ def make_rollout(
     return rollout, learner
 
 
-def toy_envs(kind: str, num_actors: int, envs_per_actor: int) -> Envs:
-    config = compose("train", ["policy=x", "suite=toy"])
+def toy_envs(kind: str, num_actors: int, envs_per_actor: int, *overrides: str) -> Envs:
+    config = compose("train", ["policy=x", "suite=toy", *overrides])
     config.workers.kind = type(config.workers.kind)(kind)
     config.workers.num_actors, config.workers.envs_per_actor = num_actors, envs_per_actor
     return open_envs(config.suite, config.workers)
@@ -109,13 +110,15 @@ def test_ppo_lifts_the_toy_from_a_half_to_above_eight_tenths(sft_policy: Path, t
 
 def test_ray_rollouts_equal_in_process_rollouts_bit_for_bit(sft_policy: Path) -> None:
     rollouts = []
-    for kind, actors, per_actor in (("local", 1, 8), ("ray", 2, 4)):
-        envs = toy_envs(kind, actors, per_actor)
+    # The last: each actor has its simulators in another interpreter.
+    for kind, actors, *overrides in (("local", 1), ("ray", 2), ("ray", 2, f"suite.python={sys.executable}")):
+        envs = toy_envs(kind, actors, 8 // actors, *overrides)
         try:
             rollouts.append(make_rollout(sft_policy, envs)[0])
         finally:
             envs.close()
-    assert_equal_rollouts(*rollouts)
+    for rollout in rollouts[1:]:
+        assert_equal_rollouts(rollouts[0], rollout)
 
 
 @pytest.mark.parametrize("num_slots", [3, 8, 40])
