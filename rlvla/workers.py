@@ -122,7 +122,7 @@ class RayEnvs:
     """
 
     def __init__(self, suite: SuiteConfig, *, num_actors: int, envs_per_actor: int, timeout_s: float) -> None:
-        self._ray = _start_ray(num_actors)
+        self._ray = start_ray(num_actors)
         self._timeout_s, self._per_actor = timeout_s, envs_per_actor
         self._label = f"{suite.name} {suite.task}"
         host = self._ray.remote(num_cpus=0, max_restarts=0, max_task_retries=0)(_SimulatorHost)
@@ -185,7 +185,9 @@ class RayEnvs:
             with suppress(Exception):
                 self._ray.kill(actor)
         self._actors = []
-        self._ray.shutdown()
+        # A learner rank is an actor itself, and the Ray it runs in is not its own.
+        if self._ray.get_runtime_context().get_actor_id() is None:
+            self._ray.shutdown()
 
     def _gather(self, calls: list[Any], doing: str) -> list[Any]:
         """Replies in order, or one error that names the actor and what it was doing."""
@@ -318,8 +320,8 @@ def _require_expert(env: VecEnv) -> Demonstrator:
     return env
 
 
-def _start_ray(num_actors: int) -> Any:
-    """An embedded Ray for this run alone, authenticated with our own token."""
+def start_ray(num_actors: int) -> Any:
+    """An embedded Ray for this run alone, authenticated with our own token; inside an actor the one it runs in."""
     # Read when Ray starts: no idle workers, and a token that only we can read.
     os.environ.setdefault("RAY_prestart_worker_first_driver", "0")
     # Ray starts workers at low priority, and any other load on the machine would starve the simulators.
