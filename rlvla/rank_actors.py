@@ -175,13 +175,15 @@ class LearnerRank:
         backend = learners.backend
         if backend is LearnerBackend.auto:
             backend = LearnerBackend.nccl if pick_device(config.device) != "cpu" else LearnerBackend.gloo
-        try:
-            group = join(address, self._rank, learners.num, backend=backend.value, timeout_s=learners.timeout_s)
-            if not group.leads:
-                follow(config, group)
-                return {}
+        group = join(address, self._rank, learners.num, backend=backend.value, timeout_s=learners.timeout_s)
+        summary: dict[str, Any] = {}
+        if group.leads:
             os.environ.update(terminal)
             with Path(screen).open("a", buffering=1) as shown, redirect_stderr(shown):
-                return lead(config, group, losses)
-        finally:
-            leave()
+                summary = lead(config, group, losses)
+        else:
+            follow(config, group)
+        # Not after a failure: the driver ends this process, and closing connections first would give the other ranks a
+        # second thing to complain of.
+        leave()
+        return summary

@@ -27,6 +27,7 @@ TRAIN = [
     "iterations=5",
     "algo.critic_only_iterations=1",
     "algo.min_successes=0",
+    "algo.train_vlm=true",
     "algo.epochs=2",
     "algo.minibatch_size=48",
     "eval.trials=4",

@@ -32,6 +32,7 @@ CONFIG: dict[str, Any] = {
     "policy_lr": 3e-3,
     "max_policy_lr": 1e-1,
     "target_kl": 0.05,
+    "kl_stop_factor": 0.2,
     "lr_schedule": LRSchedule.kl,
 }
 
@@ -277,6 +278,7 @@ def test_two_ranks_with_uneven_shares_equal_one(
     assert stayed != changes.get("train_vlm", False)
     assert [row["ppo/critic_only"] for row in alone["metrics"]] == [1, 0, 0, 0]
     assert len({row["optim/policy_lr"] for row in alone["metrics"]}) > 1
+    assert {row["ppo/epochs"] for row in alone["metrics"]} == {2, 3}
 
 
 @pytest.mark.parametrize("strategy", STRATEGIES)
