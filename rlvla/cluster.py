@@ -46,14 +46,14 @@ def connect(config: ClusterConfig, num_actors: int) -> Any:
         return cast(Any, ray)
     _require_listener(config.address)
     if answers_without_token(config.address):
+        if not config.allow_unauthenticated:
+            raise ConfigError(
+                f"the Ray cluster at {config.address} lets in whoever asks, and whoever is in can run code on all its "
+                "machines. Start its nodes with RAY_AUTH_MODE=token and the token of cluster.token_file, or accept the "
+                "risk with cluster.allow_unauthenticated=true."
+            )
         # What is started by a token's holder does not run where there are no tokens.
         os.environ["RAY_AUTH_MODE"] = "disabled"
-    if os.environ["RAY_AUTH_MODE"] == "disabled" and not config.allow_unauthenticated:
-        raise ConfigError(
-            f"the Ray cluster at {config.address} lets in whoever asks, and whoever is in can run code on all its "
-            "machines. Start its nodes with RAY_AUTH_MODE=token and the token of cluster.token_file, or accept the "
-            "risk with cluster.allow_unauthenticated=true."
-        )
     try:
         ray.init(address=config.address, **quiet)
     except (ConnectionError, RuntimeError) as error:
@@ -63,6 +63,19 @@ def connect(config: ClusterConfig, num_actors: int) -> Any:
             "choose another with cluster.token_file."
         ) from error
     return cast(Any, ray)
+
+
+def disconnect(ray: Any) -> None:
+    """Leave Ray, and end it where it was started for this run. An actor lives in a Ray that is not its own."""
+    if ray.get_runtime_context().get_actor_id() is None:
+        ray.shutdown()
+
+
+def node_address() -> str:
+    """What other machines of the cluster reach this one by; inside an actor."""
+    import ray
+
+    return str(ray.util.get_node_ip_address())  # type: ignore[no-untyped-call]
 
 
 def own_token() -> Path:

@@ -83,6 +83,39 @@ class WorkersConfig:
         _require(self.timeout_s > 0, "workers.timeout_s", self.timeout_s, "positive")
 
 
+class LearnerStrategy(Enum):
+    ddp = "ddp"
+    fsdp = "fsdp"
+
+
+class LearnerBackend(Enum):
+    auto = "auto"
+    gloo = "gloo"
+    nccl = "nccl"
+
+
+@dataclass(kw_only=True)
+class LearnersConfig:
+    """How many processes learn. Any number gives the same run but for rounding, and a run may go on with another."""
+
+    num: int = 1
+    """Learner ranks, each with its share of an iteration's episodes and simulators, and a GPU where there are any.
+    1 is this process itself."""
+    strategy: LearnerStrategy = LearnerStrategy.ddp
+    """ddp: every rank holds weights, gradients and optimizer. fsdp: each holds a part of them during the update."""
+    backend: LearnerBackend = LearnerBackend.auto
+    """What gradients travel over. auto: nccl on GPUs, else gloo."""
+    timeout_s: float = 1800.0
+    """Longest that a rank waits for the others' gradients before the group is started again."""
+    max_restarts: int = 3
+    """How often the group is started again, from the newest checkpoint, after the loss of a rank."""
+
+    def __post_init__(self) -> None:
+        _require(self.num >= 1, "learners.num", self.num, "at least 1")
+        _require(self.timeout_s > 0, "learners.timeout_s", self.timeout_s, "positive")
+        _require(self.max_restarts >= 0, "learners.max_restarts", self.max_restarts, "0 or more")
+
+
 @dataclass(kw_only=True)
 class ClusterConfig:
     """The Ray that simulators run in."""
@@ -272,6 +305,7 @@ class TrainConfig:
     suite: SuiteConfig = field(default_factory=SuiteConfig)
     workers: WorkersConfig = field(default_factory=WorkersConfig)
     cluster: ClusterConfig = field(default_factory=ClusterConfig)
+    learners: LearnersConfig = field(default_factory=LearnersConfig)
     algo: AlgoConfig = field(default_factory=AlgoConfig)
     eval: EvalConfig = field(default_factory=EvalConfig)
     schedule: Schedule = Schedule.sync
@@ -310,12 +344,30 @@ class TrainConfig:
             self.max_staleness >= 1, "max_staleness", self.max_staleness, "at least 1: async data is one update old"
         )
         _require(
+            self.schedule is not Schedule["async"] or self.learners.num == 1,
+            "schedule",
+            "async",
+            f"sync or pingpong with learners.num={self.learners.num}",
+        )
+        _require(
             self.episodes_per_iteration >= 1,
             "episodes_per_iteration",
             self.episodes_per_iteration,
             "at least 1",
         )
         _require(self.max_minutes is None or self.max_minutes > 0, "max_minutes", self.max_minutes, "positive, or null")
+        _require(
+            self.learners.num <= self.episodes_per_iteration,
+            "learners.num",
+            self.learners.num,
+            f"at most episodes_per_iteration (now {self.episodes_per_iteration}): every rank plays some",
+        )
+        _require(
+            self.learners.num == 1 or ":" not in self.device,
+            "device",
+            self.device,
+            "auto, cpu or cuda where learners.num is above 1: each rank gets a GPU of its own",
+        )
         for name in ("save_every", "keep_checkpoints"):
             _require(getattr(self, name) >= 1, name, getattr(self, name), "at least 1")
         for name, weight in self.task_weights.items():

@@ -8,13 +8,15 @@ import numpy as np
 import torch
 from tensordict import TensorDict
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
-from rlvla.acting import bind
-from rlvla.config import AlgoConfig, LRSchedule
-from rlvla.policies.base import Context, FlowPolicy, ValueHead
+from rlvla.config import AlgoConfig, LearnerStrategy, LRSchedule
+from rlvla.parallel import context_of, hold
+from rlvla.policies.base import FlowPolicy, ValueHead
+from rlvla.ranks import ALONE, Group, naming_the_lost
 from rlvla.seeding import Stream, keyed_rng
-from rlvla_algos.flow import GaussianStep, Schedule, check_flow_sde, gaussian_kl, transition
-from rlvla_algos.ppo import behaviour_weight, explained_variance, ppo_loss
+from rlvla_algos.flow import GaussianStep, Schedule, check_flow_sde, gaussian_kl
+from rlvla_algos.ppo import Totals, behaviour_weight, count_entries, explained_variance, ppo_loss
 
 KL_STEER = 1.5
 """The learning rate moves by this factor when the KL leaves [target / 1.5, target * 1.5]."""
@@ -33,8 +35,23 @@ class Forward:
     value: Tensor
 
 
+@dataclass
+class Minibatch:
+    """This rank's rows of a minibatch of all ranks."""
+
+    data: TensorDict
+    rows: int
+    """Decisions of all ranks together."""
+    weight: float
+    """0 where this rank has no row: it then runs one that counts nothing, because the others wait for its part."""
+
+
 class Learner:
-    """Owns the optimizer of a policy and its value head."""
+    """Owns the optimizer of a policy and its value head.
+
+    In a group of ranks each has its own episodes, and every number that decides anything is one of all ranks. So N
+    ranks make the update that one makes, up to rounding.
+    """
 
     def __init__(
         self,
@@ -45,15 +62,22 @@ class Learner:
         *,
         seed: int,
         total_iterations: int,
+        group: Group = ALONE,
+        strategy: LearnerStrategy = LearnerStrategy.ddp,
     ) -> None:
         self.policy, self.value_head, self.config = policy, value_head, config
         self.schedule, self.seed, self.total_iterations = schedule, seed, total_iterations
+        self.group = group
         check_flow_sde(schedule, policy.num_denoising_steps)
         groups = policy.parameter_groups()
         trained = ["expert", "vlm"] if config.train_vlm else ["expert"]
         for name, parameters in groups.items():
             for parameter in parameters:
                 parameter.requires_grad_(name in trained)
+        self._held = hold(policy, group, strategy)
+        # The value head is small and sees no gradient of the policy: every rank has all of it.
+        group.equalize(value_head.parameters())
+        groups = self._held.parameter_groups()
         rates = {"expert": config.policy_lr, "vlm": config.vlm_lr}
         self._policy_parameters = [p for name in trained for p in groups[name]]
         self._policy_optimizer = torch.optim.Adam(
@@ -69,18 +93,20 @@ class Learner:
         return float(self._policy_optimizer.param_groups[0]["lr"])
 
     def state_dict(self) -> dict[str, Any]:
-        """Everything but the policy's weights that an update changes: tensors and numbers only."""
+        """Everything but the policy's weights that an update changes: tensors and numbers only, the same for any number
+        of ranks. All ranks call it; what rank 0 gets is whole."""
         return {
             "value_head": self.value_head.state_dict(),
-            "policy_optimizer": self._policy_optimizer.state_dict(),
+            "policy_optimizer": self._held.optimizer_state(self._policy_optimizer, keep=self.group.leads),
             "value_optimizer": self._value_optimizer.state_dict(),
             "lr_scale": self._lr_scale,
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Go on from a `state_dict`; the policy's weights are loaded by whoever owns them."""
+        """Go on from a `state_dict`; whoever owns the policy has loaded its weights."""
+        self._held.take()
         self.value_head.load_state_dict(state["value_head"])
-        self._policy_optimizer.load_state_dict(state["policy_optimizer"])
+        self._held.load_optimizer_state(self._policy_optimizer, state["policy_optimizer"])
         self._value_optimizer.load_state_dict(state["value_optimizer"])
         self._lr_scale = float(state["lr_scale"])
 
@@ -97,10 +123,14 @@ class Learner:
         Decisions of older weights (``version`` below ``iteration``) are learnt from by the decoupled objective
         (`behaviour_weight`).
 
+        Args:
+            rollout: this rank's episodes; those of rank 0 come first among all.
+
         Raises:
-            InvariantError: the learner does not score the rollout's own actions as the rollout did. Of stale decisions
-                this cannot be told.
+            InvariantError: the learner does not score the rollout's own actions as the rollout did, on any rank. Of
+                stale decisions this cannot be told.
         """
+        group = self.group
         data = rollout[rollout["valid"]]
         self._set_learning_rate(iteration)
         version = data.get("version")
@@ -108,12 +138,16 @@ class Learner:
             self._add_proximal(data)
         else:
             self._check_before(data)
-        successes = int(data["next", "success"].sum())
-        episodes = len(rollout)
-        reason = self.critic_only_reason(iteration, successes, episodes)
-        metrics = self._critic_epochs(data, iteration) if reason else self._ppo_epochs(data, iteration)
+        successes, episodes = group.total(int(data["next", "success"].sum()), len(rollout))
+        reason = self.critic_only_reason(iteration, int(successes), int(episodes))
+        if reason:
+            metrics = self._critic_epochs(data, iteration)
+        else:
+            self._held.lend()
+            metrics = self._ppo_epochs(data, iteration)
         kl, per_step = self._measure_kl(data) if not reason else (0.0, {})
         if not reason:
+            self._held.give_back()
             self._steer(kl, self.target_kl(iteration))
         valid = rollout["valid"]
         return {
@@ -122,7 +156,7 @@ class Learner:
             **per_step,
             "ppo/critic_only": float(bool(reason)),
             "value/explained_variance": explained_variance(
-                rollout["state_value"][valid], rollout["value_target"][valid]
+                rollout["state_value"][valid], rollout["value_target"][valid], group.variance
             ),
             "ppo/target_kl": self.target_kl(iteration),
             "optim/policy_lr": self.policy_lr,
@@ -138,24 +172,19 @@ class Learner:
         return ""
 
     def forward(self, batch: TensorDict) -> Forward:
-        """One pass gives log-probability and value. The stored context is used where the backbone is frozen."""
-        if "context" in batch:
-            context = Context.from_tensordict(batch["context"])
-        else:
-            context = self.policy.encode(batch["batch"])
-        tau = self.schedule.at(batch["step"]).tau
-        velocity = bind(self.policy, context)(batch["before"], tau, batch["step"])
-        gaussian = transition(batch["before"], velocity, batch["step"], self.schedule)
-        value = self.value_head(self.policy.value_features(context))
-        return Forward(gaussian, gaussian.log_prob(batch["after"]), value)
+        """One pass gives log-probability and value. All ranks call it equally often."""
+        with naming_the_lost():
+            scored = self._held.score(batch, self.schedule)
+        return Forward(GaussianStep(scored.mean, scored.std), scored.log_prob, self.value_head(scored.features))
 
     def _ppo_epochs(self, data: TensorDict, iteration: int) -> dict[str, float]:
-        config = self.config
+        config, group = self.config, self.group
         sums: dict[str, float] = {}
         num_batches = 0
         for epoch in range(config.epochs):
             epoch_kl, batches = 0.0, self._minibatches(data, iteration, epoch)
-            for batch in batches:
+            for part in batches:
+                batch = part.data
                 new = self.forward(batch)
                 loss = ppo_loss(
                     log_prob=new.log_prob,
@@ -170,12 +199,13 @@ class Learner:
                     value_clip=config.value_clip,
                     value_coef=config.value_coef,
                     behaviour_weight=batch.get("behaviour_weight"),
+                    totals=self._totals(part),
                 )
                 self._policy_optimizer.zero_grad(set_to_none=True)
                 self._value_optimizer.zero_grad(set_to_none=True)
-                torch.autograd.backward(loss.total)
-                norm = nn.utils.clip_grad_norm_(self._policy_parameters, config.max_grad_norm)
-                if not torch.isfinite(norm):
+                self._backward(part.weight * loss.total)
+                norm = self._clip_gradients()
+                if not np.isfinite(norm):
                     raise InvariantError(
                         f"the policy gradient is not finite in epoch {epoch}. Lower algo.policy_lr "
                         f"(now {self.policy_lr:g}) or algo.target_kl ({config.target_kl:g})."
@@ -183,16 +213,22 @@ class Learner:
                 self._policy_optimizer.step()
                 self._value_optimizer.step()
                 with torch.no_grad():
-                    kl = gaussian_kl(new.gaussian.mean, batch["mean"], new.gaussian.std, batch["mask"]).mean()
-                epoch_kl += float(kl)
+                    kl = gaussian_kl(new.gaussian.mean, batch["mean"], new.gaussian.std, batch["mask"]).sum()
                 num_batches += 1
-                for name, value in (
-                    ("loss/policy", loss.policy),
-                    ("loss/value", loss.value),
-                    ("ppo/clip_fraction", loss.clip_fraction),
+                batch_kl, policy, value, clipped = group.total(
+                    float(kl / part.rows),
+                    float(loss.policy),
+                    part.weight * float(loss.value),
+                    float(loss.clip_fraction),
+                )
+                epoch_kl += batch_kl
+                for name, number in (
+                    ("loss/policy", policy),
+                    ("loss/value", value),
+                    ("ppo/clip_fraction", clipped),
                     ("optim/grad_norm", norm),
                 ):
-                    sums[name] = sums.get(name, 0.0) + float(value)
+                    sums[name] = sums.get(name, 0.0) + number
             if epoch_kl / len(batches) > config.kl_stop_factor * self.target_kl(iteration):
                 break
         return {
@@ -204,21 +240,24 @@ class Learner:
     def _critic_epochs(self, data: TensorDict, iteration: int) -> dict[str, float]:
         total, count = 0.0, 0
         for epoch in range(self.config.epochs):
-            for batch in self._minibatches(data, iteration, epoch):
+            for part in self._minibatches(data, iteration, epoch):
                 with torch.no_grad():
-                    features = self._features(batch)
-                loss = 0.5 * (self.value_head(features) - batch["value_target"]).square().mean()
+                    # The acting policy has its weights and is not about to change, so no rank need wait for another.
+                    features = self.policy.value_features(context_of(self.policy, part.data))
+                error = (self.value_head(features) - part.data["value_target"]).square().sum()
+                loss = part.weight * 0.5 * (error / part.rows)
                 self._value_optimizer.zero_grad(set_to_none=True)
-                torch.autograd.backward(loss)
+                self._backward(loss)
                 self._value_optimizer.step()
-                total, count = total + float(loss.detach()), count + 1
+                total, count = total + self.group.total(float(loss.detach()))[0], count + 1
         return {"loss/value": total / count, "ppo/epochs": float(self.config.epochs), **self._checked}
 
-    def _features(self, batch: TensorDict) -> Tensor:
-        context = (
-            Context.from_tensordict(batch["context"]) if "context" in batch else self.policy.encode(batch["batch"])
-        )
-        return self.policy.value_features(context)
+    def _backward(self, loss: Tensor) -> None:
+        """Gradients of the sum of all ranks' losses."""
+        with naming_the_lost():
+            # DDP, FSDP2 and we with the value head average over the ranks.
+            torch.autograd.backward(self.group.size * loss)
+        self.group.average_gradients(self.value_head.parameters())
 
     @torch.no_grad()
     def _add_proximal(self, data: TensorDict) -> None:
@@ -238,11 +277,34 @@ class Learner:
         counted = data["mask"] if weight.ndim == 3 else torch.ones_like(weight, dtype=torch.bool)
         self._checked = {"ppo/behaviour_weight": float(weight[counted].mean())}
 
-    def _minibatches(self, data: TensorDict, iteration: int, epoch: int) -> list[TensorDict]:
-        """A keyed permutation in equal parts: a small last minibatch would be a noisy step of full size."""
-        order = keyed_rng(self.seed, Stream.MINIBATCH, iteration, epoch).permutation(len(data))
-        parts = np.array_split(order, max(1, round(len(data) / self.config.minibatch_size)))
-        return [data[torch.from_numpy(part).to(data.device)] for part in parts]
+    def _clip_gradients(self) -> float:
+        """Their norm over all policy parameters before the clip."""
+        with naming_the_lost():
+            norm: Tensor = nn.utils.clip_grad_norm_(self._policy_parameters, self.config.max_grad_norm)
+            # Of split parameters it is still in parts.
+            return float(norm.full_tensor() if isinstance(norm, DTensor) else norm)
+
+    def _totals(self, part: Minibatch) -> Totals | None:
+        if self.group.size == 1:
+            return None
+        entries = count_entries(part.data["mask"], self.config.reduction.value)
+        return Totals(self.group.total(entries)[0], part.rows)
+
+    def _minibatches(self, data: TensorDict, iteration: int, epoch: int) -> list[Minibatch]:
+        """A keyed permutation of all ranks' decisions in equal parts, and of each this rank's rows.
+
+        Equal parts, because a small last minibatch would be a noisy step of full size.
+        """
+        counts = [int(count) for count in self.group.gather(len(data))]
+        first = sum(counts[: self.group.rank])
+        order = keyed_rng(self.seed, Stream.MINIBATCH, iteration, epoch).permutation(sum(counts))
+        parts = np.array_split(order, max(1, round(len(order) / self.config.minibatch_size)))
+        minibatches = []
+        for part in parts:
+            mine = part[(part >= first) & (part < first + len(data))] - first
+            rows = data[torch.from_numpy(mine).to(data.device)] if len(mine) else _nothing(data)
+            minibatches.append(Minibatch(rows, len(part), float(len(mine) > 0)))
+        return minibatches
 
     @torch.no_grad()
     def _check_before(self, data: TensorDict) -> None:
@@ -251,12 +313,28 @@ class Learner:
         The means are compared as well as the ratios: log-probabilities recomputed by the learner agree with each other
         even when both use the wrong time grid; means stored by the rollout do not.
         """
+        with self.group.together():
+            self._check_finite(data)
+            self._check_mode()
+        batch = data[: self.config.minibatch_size]
+        new = self.forward(batch)
+        with self.group.together():
+            mask = batch["mask"]
+            gap = (((new.gaussian.mean - batch["mean"]) / new.gaussian.std).abs() * mask).max()
+            ratio = ((new.log_prob - batch["log_prob"]).exp() - 1).abs() * mask
+            self._check_error(float(gap), float(ratio.max()))
+        mean_error, ratio_error = self.group.largest(float(gap), float(ratio.max()))
+        self._checked = {"ppo/mean_error": mean_error, "ppo/ratio_error": ratio_error}
+
+    def _check_finite(self, data: TensorDict) -> None:
         for name in ("advantage", "value_target", "log_prob"):
             if not torch.isfinite(data[name]).all():
                 raise InvariantError(
                     f"{name} is not finite for {int((~torch.isfinite(data[name])).sum())} entries of the rollout. "
                     "Look at the rewards and values in metrics.jsonl, or lower algo.value_lr."
                 )
+
+    def _check_mode(self) -> None:
         training = (
             [n for n, m in self.policy.named_modules() if m.training] if isinstance(self.policy, nn.Module) else []
         )
@@ -265,22 +343,18 @@ class Learner:
                 f"{training[0] or 'the policy'} is in training mode, so dropout may be on and no ratio means anything. "
                 "Call policy.eval(); gradients do not need training mode."
             )
-        batch = data[: self.config.minibatch_size]
-        new = self.forward(batch)
-        mask = batch["mask"]
-        gap = (((new.gaussian.mean - batch["mean"]) / new.gaussian.std).abs() * mask).max()
-        ratio = ((new.log_prob - batch["log_prob"]).exp() - 1).abs() * mask
-        self._checked = {"ppo/mean_error": float(gap), "ppo/ratio_error": float(ratio.max())}
-        if not float(gap) < self.config.mean_tolerance:
+
+    def _check_error(self, gap: float, ratio: float) -> None:
+        if not gap < self.config.mean_tolerance:
             raise InvariantError(
-                f"on the first minibatch the learner's transition mean differs from the rollout's by {float(gap):.3g} "
+                f"on the first minibatch the learner's transition mean differs from the rollout's by {gap:.3g} "
                 f"standard deviations; algo.mean_tolerance is {self.config.mean_tolerance:g}. The two use different "
                 "weights, time grids, noise schedules or numerics: check that both come from the same policy and "
                 "the same algo.noise_level and policy.num_denoising_steps."
             )
-        if not float(ratio.max()) < self.config.ratio_tolerance:
+        if not ratio < self.config.ratio_tolerance:
             raise InvariantError(
-                f"on the first minibatch a ratio is off by {float(ratio.max()):.3g} from 1; algo.ratio_tolerance is "
+                f"on the first minibatch a ratio is off by {ratio:.3g} from 1; algo.ratio_tolerance is "
                 f"{self.config.ratio_tolerance:g}. The stored sample or log-probability is not what the sampler drew: "
                 "clipping belongs to the simulator's copy only."
             )
@@ -288,19 +362,19 @@ class Learner:
     @torch.no_grad()
     def _measure_kl(self, data: TensorDict) -> tuple[float, dict[str, float]]:
         """Exact KL from the collecting policy, in nats per chunk: over everything, and per denoising step."""
+        group = self.group
+        batches = list(data.split(self.config.minibatch_size))
+        most = int(group.largest(len(batches))[0])
         parts = [
             gaussian_kl(new.gaussian.mean, batch["mean"], new.gaussian.std, batch["mask"])
-            for batch in data.split(self.config.minibatch_size)
+            for batch in [*batches, *[_nothing(data)] * (most - len(batches))]
             for new in [self.forward(batch)]
         ]
-        kl = torch.cat(parts)
-        step = data["step"]
-        per_step = {
-            f"ppo/kl_step_{k}": float(kl[step == k].mean())
-            for k in range(self.schedule.num_steps)
-            if bool((step == k).any())
-        }
-        return float(kl.mean()), per_step
+        kl = torch.cat(parts[: len(batches)])
+        of_step = [kl[data["step"] == k] for k in range(self.schedule.num_steps)]
+        found = group.total(*(len(values) for values in of_step))
+        per_step = {f"ppo/kl_step_{k}": group.mean(values) for k, values in enumerate(of_step) if found[k]}
+        return group.mean(kl), per_step
 
     def _set_learning_rate(self, iteration: int) -> None:
         scale = self._lr_scale
@@ -317,3 +391,10 @@ class Learner:
             self._lr_scale /= KL_STEER
         elif kl < target / KL_STEER:
             self._lr_scale = min(self._lr_scale * KL_STEER, self.config.max_policy_lr / self.config.policy_lr)
+
+
+def _nothing(data: TensorDict) -> TensorDict:
+    """A row that can be run like any other and counts nothing."""
+    row = data[:1].clone()
+    row["mask"] = torch.zeros_like(row["mask"])
+    return row

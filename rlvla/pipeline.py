@@ -14,6 +14,7 @@ from rlvla.acting import Actor
 from rlvla.config import Schedule, TrainConfig
 from rlvla.policies.base import ValueHead
 from rlvla.policies.qwen_vla import QwenVLA
+from rlvla.ranks import Group, share
 from rlvla.rollout import collect
 from rlvla.workers import Envs
 from rlvla_algos.flow import Schedule as FlowSchedule
@@ -26,6 +27,7 @@ class Collector:
     """Collects iterations with the policy as it is: schedules sync and pingpong."""
 
     config: TrainConfig
+    group: Group
     policy: QwenVLA
     value_head: ValueHead
     envs: Envs
@@ -34,8 +36,8 @@ class Collector:
     on_episodes: Callable[[int], None]
 
     def take(self, iteration: int, states: Callable[[int], Sequence[int]]) -> TensorDict:
-        """An iteration's rollout (`rlvla.rollout.collect`) with ``version`` [E, T]: how many updates had been made to
-        the weights that decided.
+        """This rank's part of an iteration's rollout (`rlvla.rollout.collect`), with ``version`` [E, T]: how many
+        updates had been made to the weights that decided.
 
         Args:
             states: the initial states of an iteration.
@@ -56,18 +58,21 @@ class Collector:
         self, actor: Actor, value_head: ValueHead, iteration: int, states: Sequence[int], version: int
     ) -> TensorDict:
         config = self.config
-        rollout = collect(
-            actor,
-            value_head,
-            self.envs,
-            states,
-            schedule=self.schedule,
-            key=(config.seed, iteration),
-            store_context=not config.algo.train_vlm,
-            value_final=config.algo.bootstrap_time_limit,
-            num_groups=2 if config.schedule is Schedule.pingpong else 1,
-            on_episodes=self.on_episodes,
-        )
+        first, count = share(len(states), self.group)
+        with self.group.together():
+            rollout = collect(
+                actor,
+                value_head,
+                self.envs,
+                states[first : first + count],
+                schedule=self.schedule,
+                key=(config.seed, iteration),
+                store_context=not config.algo.train_vlm,
+                value_final=config.algo.bootstrap_time_limit,
+                first_episode=first,
+                num_groups=2 if config.schedule is Schedule.pingpong else 1,
+                on_episodes=self.on_episodes,
+            )
         rollout["version"] = torch.full(rollout.batch_size, version, device=rollout.device)
         return rollout
 
@@ -151,6 +156,7 @@ class OneStepOff(Collector):
 
 def make_collector(
     config: TrainConfig,
+    group: Group,
     policy: QwenVLA,
     value_head: ValueHead,
     envs: Envs,
@@ -159,7 +165,7 @@ def make_collector(
     on_episodes: Callable[[int], None],
 ) -> Collector:
     kind = OneStepOff if config.schedule is Schedule["async"] else Collector
-    return kind(config, policy, value_head, envs, schedule, actor, on_episodes)
+    return kind(config, group, policy, value_head, envs, schedule, actor, on_episodes)
 
 
 def drop_stale(rollout: TensorDict, iteration: int, max_staleness: int) -> int:

@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from rlvla.cluster import connect
+from rlvla.cluster import connect, disconnect
 from rlvla.config import ClusterConfig, WorkersConfig
 from rlvla.hosts import (
     Arrays,
@@ -317,7 +317,7 @@ class RayEnvs:
             with suppress(Exception):
                 self._ray.kill(actor)
         self._actors = []
-        self._ray.shutdown()
+        disconnect(self._ray)
 
     # --- actors and calls
 

@@ -164,6 +164,7 @@ def collect(
     store_context: bool,
     value_final: bool = True,
     num_groups: int = 1,
+    first_episode: int = 0,
     on_episodes: Callable[[int], None] = lambda _: None,
 ) -> TensorDict:
     """Play training episodes with the stochastic sampler and record what the update needs.
@@ -175,6 +176,7 @@ def collect(
         value_final: value the final observation of truncated episodes. Without a bootstrap at the time limit nobody
             reads it, and it costs a pass of the VLM.
         num_groups: see `play`.
+        first_episode: number of the first episode in the noise keys, where other learners play those before it.
         on_episodes: told how many episodes have ended.
 
     Returns:
@@ -199,7 +201,8 @@ def collect(
 
     def decide(observation: Observation, episode: np.ndarray, decision: np.ndarray) -> np.ndarray:
         rngs = [
-            keyed_rng(seed, Stream.ROLLOUT, iteration, int(e), int(t)) for e, t in zip(episode, decision, strict=True)
+            keyed_rng(seed, Stream.ROLLOUT, iteration, first_episode + int(e), int(t))
+            for e, t in zip(episode, decision, strict=True)
         ]
         thought = actor.decide(observation, rngs, temperature=1.0, schedule=schedule)
         made = thought.decision

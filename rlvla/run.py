@@ -23,8 +23,9 @@ from rlvla.config import ConfigError
 from rlvla.progress import Progress
 
 RESUMABLE = ("train", "eval")
-FREE_TO_CHANGE = ("output", "device", "workers", "save_every", "keep_checkpoints", "max_minutes")
-"""Settings that no iteration depends on: a run may go on with others."""
+FREE_TO_CHANGE = ("output", "device", "workers", "learners", "save_every", "keep_checkpoints", "max_minutes")
+"""Settings that no iteration depends on, but for the rounding of other devices and numbers of learners: a run may go on
+with others."""
 
 CLOCK = ".minutes"
 SECONDS_BETWEEN_TICKS = 5.0

@@ -1,7 +1,8 @@
 """`rlvla train`: PPO on a flow-matching policy. Collect whole episodes, estimate advantages, update, repeat."""
 
-from collections.abc import Mapping, Sequence
-from dataclasses import replace
+import os
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +11,7 @@ from tensordict import TensorDict
 
 from rlvla.acting import Actor
 from rlvla.checkpoints import Checkpoints, TrainState
-from rlvla.config import AlgoConfig, Discount, Schedule, TrainConfig
+from rlvla.config import AlgoConfig, Discount, Schedule, TrainConfig, WorkersConfig
 from rlvla.evaluate import Evaluation, compare, evaluate, measure
 from rlvla.learner import Learner
 from rlvla.mixing import check_weights, task_weights, training_states
@@ -18,12 +19,14 @@ from rlvla.pipeline import Collector, drop_stale, make_collector
 from rlvla.policies.base import ValueHead
 from rlvla.policies.folder import load_policy, load_weights, save_policy
 from rlvla.policies.qwen_vla import QwenVLA
+from rlvla.ranks import ALONE, Group, share
 from rlvla.recovery import Incident
 from rlvla.report import write_report
 from rlvla.run import Run, check_output, pick_device
 from rlvla.seeding import seed_torch
 from rlvla.trials import weights_digest
-from rlvla.workers import open_envs
+from rlvla.workers import Envs, open_envs
+from rlvla_algos.flow import Schedule as FlowSchedule
 from rlvla_algos.flow import flow_sde_schedule
 from rlvla_algos.gae import generalized_advantage_estimate
 from rlvla_algos.ppo import normalize_advantage
@@ -34,22 +37,65 @@ MAX_SDE_GAP = 0.25
 MAX_CLIP_FRACTION = 0.5
 
 
+@dataclass(frozen=True)
+class Side:
+    """What a learner rank has of its own."""
+
+    config: TrainConfig
+    group: Group
+    policy: QwenVLA
+    value_head: ValueHead
+    schedule: FlowSchedule
+    learner: Learner
+    actor: Actor
+
+
 def run(config: TrainConfig) -> dict[str, Any]:
     """Refine ``config.policy`` on ``config.suite``. Everything it writes is under ``config.output``.
 
     Returns:
         The summary: task, success before and after on the same held-back states, trials, paired p-value, steps.
     """
+    if config.learners.num == 1:
+        return lead(config, ALONE)
+    from rlvla.rank_actors import run_ranks
+
+    return run_ranks(config)
+
+
+def prepare(config: TrainConfig, group: Group) -> Side:
+    """Load and build what a rank trains with."""
     device = pick_device(config.device)
     seed_torch(config.seed)
     policy = load_policy(Path(config.policy), device)
     value_head = ValueHead(policy.value_size, config.algo.value_hidden_sizes).to(device)
     schedule = flow_sde_schedule(policy.num_denoising_steps, config.algo.noise_level).to(device)
-    learner = Learner(policy, value_head, config.algo, schedule, seed=config.seed, total_iterations=config.iterations)
+    learner = Learner(
+        policy,
+        value_head,
+        config.algo,
+        schedule,
+        seed=config.seed,
+        total_iterations=config.iterations,
+        group=group,
+        strategy=config.learners.strategy,
+    )
     actor = Actor(policy, block=config.inference_batch, device=device)
+    return Side(config, group, policy, value_head, schedule, learner, actor)
+
+
+def lead(config: TrainConfig, group: Group, losses: Sequence[str] = ()) -> dict[str, Any]:
+    """The run, as rank 0 of its learners makes it; the other ranks `follow`.
+
+    Args:
+        losses: what ended earlier groups of this run.
+    """
+    side = prepare(config, group)
+    policy, learner, actor = side.policy, side.learner, side.actor
 
     check_output(config, "train")
-    envs = open_envs(config.suite, config.workers, config.cluster)
+    with group.together():
+        envs = open_envs(config.suite, workers_of(config.workers, group), config.cluster)
     collector: Collector | None = None
     try:
         require_match(policy.env_spec, envs.spec)
@@ -59,18 +105,21 @@ def run(config: TrainConfig) -> dict[str, Any]:
             checkpoints = Checkpoints(record.folder / "checkpoints", config.keep_checkpoints)
 
             def show_episodes(ended: int) -> None:
-                record.progress.bar("episodes", ended, config.episodes_per_iteration)
+                record.progress.bar("episodes", ended, share(config.episodes_per_iteration, group)[1])
                 record.tick()
 
-            collector = make_collector(config, policy, value_head, envs, schedule, actor, show_episodes)
+            collector = collector_of(side, envs, show_episodes)
 
             def write_checkpoint(folder: Path) -> None:
                 save_policy(policy, folder / "policy")
+                group.broadcast(["save"])
                 torch.save(learner.state_dict(), folder / "learner.pt")
                 collector.save(folder)
 
             before = measure(actor, envs, config.eval, record, "before", env_steps=0)
-            state = resume(checkpoints, record, policy, learner, collector)
+            state = resume(checkpoints, record, side, collector)
+            for number, loss in enumerate(losses, start=1):
+                record.alarm(f"restart {number}", loss)
             if state is None:
                 state = TrainState(
                     iterations=0,
@@ -98,13 +147,16 @@ def run(config: TrainConfig) -> dict[str, Any]:
                         envs.spec, weights, config.episodes_per_iteration, seed=config.seed, iteration=iteration
                     )
 
+                if group.size > 1:
+                    group.broadcast(["iterate", iteration, states_of(iteration)])
                 rollout = collector.take(iteration, states_of)
                 collected = record.minutes()
 
                 stale = drop_stale(rollout, iteration, config.max_staleness)
-                add_advantages(rollout, config.algo)
+                add_advantages(rollout, config.algo, group)
                 updated = learner.update(rollout, iteration)
-                incidents = envs.take_incidents()
+                rollout = of_all_ranks(rollout, group)
+                incidents = incidents_of_all_ranks(envs, group)
 
                 env_steps = state.env_steps + int(rollout["next", "executed_steps"].sum())
                 row: dict[str, Any] = {
@@ -173,6 +225,7 @@ def run(config: TrainConfig) -> dict[str, Any]:
             }
             record.finish(summary)
             write_report(record.folder)
+            group.broadcast(["stop"])
             return summary
     finally:
         if collector is not None:
@@ -180,10 +233,77 @@ def run(config: TrainConfig) -> dict[str, Any]:
         envs.close()
 
 
-def resume(
-    checkpoints: Checkpoints, record: Run, policy: QwenVLA, learner: Learner, collector: Collector
-) -> TrainState | None:
-    """Put the newest good checkpoint into ``policy`` and ``learner``; None where there is none yet.
+def follow(config: TrainConfig, group: Group) -> None:
+    """What every rank but the first does: its share of each iteration, when rank 0 says so."""
+    side = prepare(config, group)
+    with group.together():
+        envs = open_envs(config.suite, workers_of(config.workers, group), config.cluster)
+    collector = collector_of(side, envs, lambda _: None)
+    try:
+        while True:
+            match group.broadcast(None):
+                case ["iterate", int(iteration), states]:
+                    rollout = collector.take(iteration, lambda _, states=states: states)  # type: ignore[misc]
+                    add_advantages(rollout, config.algo, group)
+                    side.learner.update(rollout, iteration)
+                    of_all_ranks(rollout, group)
+                    incidents_of_all_ranks(envs, group)
+                case ["save"]:
+                    side.learner.state_dict()
+                case ["load", str(folder)]:
+                    load_checkpoint(side, Path(folder))
+                case _:
+                    return
+    finally:
+        envs.close()
+
+
+def collector_of(side: Side, envs: Envs, on_episodes: Callable[[int], None]) -> Collector:
+    """What collects this rank's part of each iteration's episodes, on its own simulators and its own device."""
+    return make_collector(
+        side.config, side.group, side.policy, side.value_head, envs, side.schedule, side.actor, on_episodes
+    )
+
+
+def incidents_of_all_ranks(envs: Envs, group: Group) -> list[Incident]:
+    """What has gone wrong with simulators and was mended."""
+    parts = group.gather([asdict(incident) for incident in envs.take_incidents()])
+    return [Incident(**incident) for part in parts for incident in part]
+
+
+def workers_of(workers: WorkersConfig, group: Group) -> WorkersConfig:
+    """A rank's part of the simulators, at least one actor."""
+    if group.size == 1:
+        return workers
+    return replace(workers, num_actors=max(1, share(workers.num_actors or os.cpu_count() or 1, group)[1]))
+
+
+def of_all_ranks(rollout: TensorDict, group: Group) -> TensorDict:
+    """What came of the episodes of all ranks, in the order of their numbers: ``valid`` and what `describe` and
+    `describe_tasks` read."""
+    if group.size == 1:
+        return rollout
+    keys = ("valid", "initial_state", ("next", "success"), ("next", "executed_steps"))
+    parts = group.gather([rollout[key].tolist() for key in keys])
+    longest = max(len(row) for part in parts for row in part[0])
+    num_episodes = sum(len(part[0]) for part in parts)
+    whole = TensorDict({}, batch_size=[num_episodes, longest])
+    for index, key in enumerate(keys):
+        rows = [row + [0] * (longest - len(row)) for part in parts for row in part[index]]
+        whole[key] = torch.tensor(rows, dtype=rollout[key].dtype)
+    return whole
+
+
+def load_checkpoint(side: Side, folder: Path) -> None:
+    """Go on from a checkpoint's weights and optimizers."""
+    with side.group.together():
+        load_weights(side.policy, folder / "policy" / "model.safetensors")
+        state = torch.load(folder / "learner.pt", weights_only=True, map_location="cpu")
+    side.learner.load_state_dict(state)
+
+
+def resume(checkpoints: Checkpoints, record: Run, side: Side, collector: Collector) -> TrainState | None:
+    """Put the newest good checkpoint into the learners of all ranks; None where there is none yet.
 
     Raises:
         ValueError: as `Checkpoints.newest`.
@@ -193,8 +313,8 @@ def resume(
     if found is None:
         return None
     folder, state = found
-    load_weights(policy, folder / "policy" / "model.safetensors")
-    learner.load_state_dict(torch.load(folder / "learner.pt", weights_only=True, map_location="cpu"))
+    side.group.broadcast(["load", str(folder)])
+    load_checkpoint(side, folder)
     collector.load(folder)
     record.truncate_metrics(state.metrics_bytes)
     for problem in damaged:
@@ -204,8 +324,8 @@ def resume(
 
 
 @torch.no_grad()
-def add_advantages(rollout: TensorDict, algo: AlgoConfig) -> None:
-    """GAE over chunks; one advantage per decision, normalised over the whole iteration."""
+def add_advantages(rollout: TensorDict, algo: AlgoConfig, group: Group = ALONE) -> None:
+    """GAE over chunks; one advantage per decision, normalised over the whole iteration, of all ranks."""
     steps = rollout["next", "executed_steps"]
     ended = rollout["next", "terminated" if algo.bootstrap_time_limit else "done"]
     per_step = algo.discount is Discount.per_step
@@ -220,7 +340,9 @@ def add_advantages(rollout: TensorDict, algo: AlgoConfig) -> None:
         gae_lambda=algo.gae_lambda,
     )
     rollout["value_target"] = value_target
-    rollout["advantage"] = normalize_advantage(advantage, rollout["valid"]) if algo.normalize_advantage else advantage
+    if algo.normalize_advantage:
+        advantage = normalize_advantage(advantage, rollout["valid"], group.moments)
+    rollout["advantage"] = advantage
 
 
 def describe(rollout: TensorDict) -> dict[str, float]:

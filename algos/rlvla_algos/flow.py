@@ -119,7 +119,7 @@ def check_flow_sde(schedule: Schedule, num_steps: int) -> None:
     Whatever sigma is, marginals survive only with w0 = 1 - tau' and w1 = tau' - s^2 / (2 tau). Runs check
     themselves with this at start-up: a schedule that fails it still has ratios of 1.
     """
-    grid = time_grid(num_steps).to(schedule.tau.device)
+    grid = time_grid(num_steps).to(schedule.tau)
     problems = []
     if schedule.num_steps != num_steps or not torch.allclose(schedule.tau, grid[:-1]):
         problems.append(f"it starts its steps at {schedule.tau.tolist()}, the time grid at {grid[:-1].tolist()}")

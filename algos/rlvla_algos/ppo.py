@@ -1,5 +1,6 @@
 """The clipped PPO objective for action chunks, with a critic that cannot move the backbone."""
 
+from collections.abc import Callable
 from typing import Literal, NamedTuple, get_args
 
 import torch
@@ -19,6 +20,21 @@ class PPOLoss(NamedTuple):
     clip_fraction: Scalar
     ratio_error: Scalar
     """Largest |ratio - 1| of a valid entry: 0 before the first step of an update, or something is wrong."""
+
+
+class Totals(NamedTuple):
+    """How many things a minibatch averages over that is shared out among several learners."""
+
+    entries: float
+    """What `count_entries` finds, summed over the learners."""
+    rows: float
+    """Decisions."""
+
+
+def count_entries(mask: Bool[Tensor, "M H K"], reduction: Reduction) -> int:
+    """How many ratios of a minibatch count: entries with ``elementwise``, else decisions with a valid entry."""
+    counts = mask if reduction == "elementwise" else mask.any(dim=2).any(dim=1)
+    return int(counts.sum())
 
 
 def chunk_log_ratio(
@@ -62,6 +78,7 @@ def ppo_loss(
     value_clip: float | None,
     value_coef: float,
     behaviour_weight: Float[Tensor, "M *entries"] | None = None,
+    totals: Totals | None = None,
 ) -> PPOLoss:
     """PPO-clip and the clipped value error (arXiv:1707.06347, eqs. 7 and 9).
 
@@ -80,6 +97,8 @@ def ppo_loss(
         value_clip: the value may move this far from ``old_value`` before its gradient stops; None never.
         value_coef: weight of the value error in ``total``.
         behaviour_weight: of `behaviour_weight`, where ``old_log_prob`` is not of the policy that collected.
+        totals: of the minibatch that these rows are a part of; None where they are all of it. The results of all parts
+            then add up to those of the whole, ``ratio_error`` apart.
     """
     log_ratio, counts = chunk_log_ratio(log_prob, old_log_prob, mask, reduction)
     ratio = log_ratio.exp()
@@ -87,14 +106,14 @@ def ppo_loss(
     weight = advantage.reshape(-1, *[1] * (ratio.ndim - 1))
     if behaviour_weight is not None:
         weight = weight * behaviour_weight
-    num_counted = counts.sum().clamp(min=1)
+    num_counted = counts.sum().clamp(min=1) if totals is None else max(1.0, totals.entries)
     policy = -(torch.minimum(ratio * weight, clipped * weight) * counts).sum() / num_counted
 
     error = (value - value_target).square()
     if value_clip is not None:
         near_old = old_value + (value - old_value).clamp(-value_clip, value_clip)
         error = torch.maximum(error, (near_old - value_target).square())
-    value_error = 0.5 * error.mean()
+    value_error = 0.5 * (error.mean() if totals is None else error.sum() / totals.rows)
 
     away = (ratio - 1).abs() * counts
     return PPOLoss(
@@ -123,16 +142,41 @@ def behaviour_weight(
     return log_ratio.exp().clamp(max=max_weight)
 
 
-def normalize_advantage(advantage: Float[Tensor, "..."], valid: Bool[Tensor, "..."]) -> Float[Tensor, "..."]:
-    """Zero mean and unit variance over the valid decisions of the whole batch; 0 elsewhere."""
-    chosen = advantage[valid]
-    scale = chosen.std(correction=0) + 1e-8
-    return torch.where(valid, (advantage - chosen.mean()) / scale, 0.0)
+def moments(values: Float[Tensor, " M"]) -> tuple[Scalar, Scalar]:
+    """Mean and standard deviation of all there is."""
+    return values.mean(), values.std(correction=0)
 
 
-def explained_variance(prediction: Float[Tensor, " M"], target: Float[Tensor, " M"]) -> float:
-    """1 - Var(target - prediction) / Var(target): 1 is a perfect critic, 0 a constant one."""
-    variance = target.var(correction=0)
-    if variance == 0:
+def variance(values: Float[Tensor, " M"]) -> Scalar:
+    """Of all there is."""
+    return values.var(correction=0)
+
+
+def normalize_advantage(
+    advantage: Float[Tensor, "..."],
+    valid: Bool[Tensor, "..."],
+    moments: Callable[[Tensor], tuple[Tensor, Tensor]] = moments,
+) -> Float[Tensor, "..."]:
+    """Zero mean and unit variance over the valid decisions of the whole batch; 0 elsewhere.
+
+    Args:
+        moments: mean and standard deviation of the valid ones; another function where other learners hold a part.
+    """
+    mean, deviation = moments(advantage[valid])
+    return torch.where(valid, (advantage - mean) / (deviation + 1e-8), 0.0)
+
+
+def explained_variance(
+    prediction: Float[Tensor, " M"],
+    target: Float[Tensor, " M"],
+    variance: Callable[[Tensor], Tensor] = variance,
+) -> float:
+    """1 - Var(target - prediction) / Var(target): 1 is a perfect critic, 0 a constant one.
+
+    Args:
+        variance: another function where other learners hold a part of the predictions.
+    """
+    of_target, of_error = variance(target), variance(target - prediction)
+    if of_target == 0:
         return float("nan")
-    return float(1 - (target - prediction).var(correction=0) / variance)
+    return float(1 - of_error / of_target)

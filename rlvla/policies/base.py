@@ -156,5 +156,6 @@ class ValueHead(nn.Module):
         self.layers = nn.Sequential(*layers, nn.Linear(size, 1))
 
     def forward(self, features: Float[Tensor, "*B V"]) -> Float[Tensor, "*B"]:
-        value: Tensor = self.layers(features.float())
+        # In the head's own precision: the features may be bfloat16.
+        value: Tensor = self.layers(features.to(next(self.layers.parameters()).dtype))
         return value[..., 0]

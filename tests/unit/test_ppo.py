@@ -10,7 +10,15 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from rlvla_algos.ppo import PPOLoss, chunk_log_ratio, explained_variance, normalize_advantage, ppo_loss
+from rlvla_algos.ppo import (
+    PPOLoss,
+    Totals,
+    chunk_log_ratio,
+    count_entries,
+    explained_variance,
+    normalize_advantage,
+    ppo_loss,
+)
 
 REDUCTIONS = ["elementwise", "sum", "mean", "sqrt"]
 
@@ -292,3 +300,18 @@ def test_explained_variance_by_hand() -> None:
 
 def test_explained_variance_of_a_constant_target_is_not_a_number() -> None:
     assert math.isnan(explained_variance(torch.tensor([0.0, 1.0]), torch.ones(2)))
+
+
+@pytest.mark.parametrize("reduction", REDUCTIONS)
+def test_the_losses_of_uneven_parts_add_up_to_that_of_the_whole(reduction: str) -> None:
+    batch = random_batch(3)
+    batch["mask"][5] = False
+    settings: dict[str, Any] = {"reduction": reduction, "clip_epsilon": 0.2, "value_clip": 0.2, "value_coef": 0.7}
+    whole = ppo_loss(**batch, **settings)
+    totals = Totals(count_entries(batch["mask"], reduction), 6)  # type: ignore[arg-type]
+    parts = [
+        ppo_loss(**{name: tensor[rows] for name, tensor in batch.items()}, **settings, totals=totals)
+        for rows in (slice(0, 1), slice(1, 5), slice(5, 6))
+    ]
+    for name in ("total", "policy", "value", "clip_fraction"):
+        torch.testing.assert_close(sum(getattr(part, name) for part in parts), getattr(whole, name))

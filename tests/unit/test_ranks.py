@@ -1,0 +1,306 @@
+"""Several learners make the update that one makes: two gloo processes with uneven shares against one."""
+
+import math
+import multiprocessing
+import traceback
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from tensordict import TensorDict
+from torch import Tensor, nn
+
+from rlvla.config import AlgoConfig, LearnerStrategy, LRSchedule, Reduction
+from rlvla.learner import InvariantError, Learner
+from rlvla.parallel import score
+from rlvla.policies.base import Context, ValueHead
+from rlvla.ranks import ALONE, Group, join, leave
+from rlvla.train import add_advantages
+from rlvla_algos.flow import Schedule, flow_sde_schedule
+
+STRATEGIES = [LearnerStrategy.ddp, LearnerStrategy.fsdp]
+EPISODES, DECISIONS, H, K, WIDTH = 13, 6, 3, 2, 10
+SHARES = [slice(0, 11), slice(11, EPISODES)]
+"""Uneven: with minibatches of four decisions the second rank often has no row."""
+CONFIG: dict[str, Any] = {
+    "minibatch_size": 4,
+    "epochs": 3,
+    "critic_only_iterations": 1,
+    "min_successes": 0,
+    "policy_lr": 3e-3,
+    "max_policy_lr": 1e-1,
+    "target_kl": 0.05,
+    "kl_stop_factor": 0.2,
+    "lr_schedule": LRSchedule.kl,
+}
+
+
+class SmallPolicy(nn.Module):
+    """A backbone and an expert of one block each, in double precision throughout; enough of a `FlowPolicy` to learn."""
+
+    num_denoising_steps, horizon, channels, value_size = 4, H, K, WIDTH
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.vlm = nn.ModuleList([nn.Linear(5, WIDTH), nn.Linear(WIDTH, WIDTH)])
+        # A weight that no output depends on, as real backbones have.
+        self.unused = nn.Linear(2, 2)
+        self.expert = nn.ModuleList([nn.Linear(WIDTH + H * K + 1, 7), nn.Linear(7, H * K)])
+        self.eval()
+
+    def encode(self, batch: TensorDict) -> Context:
+        first, second = self.vlm
+        tokens = second(torch.tanh(first(batch["seen"])))[:, None]
+        rows = len(tokens)
+        empty = tokens.new_zeros(rows, 0)
+        return Context(tokens, empty.bool(), empty.long(), tokens[:, 0].detach(), empty)
+
+    def value_features(self, context: Context) -> Tensor:
+        return context.pooled
+
+    def velocity(self, context: Context, sample: Tensor, tau: Tensor, step: Tensor | None = None) -> Tensor:
+        first, second = self.expert
+        hidden = torch.cat([context.tokens[:, 0], sample.flatten(1), tau[:, None]], dim=1)
+        return second(torch.tanh(first(hidden))).unflatten(1, (H, K))  # type: ignore[no-any-return]
+
+    def parameter_groups(self) -> dict[str, list[nn.Parameter]]:
+        return {"vlm": [*self.vlm.parameters(), *self.unused.parameters()], "expert": list(self.expert.parameters())}
+
+    def sharding_units(self) -> list[nn.Module]:
+        return [*self.vlm, *self.expert]
+
+
+def parts(policy: nn.Module, group: Group, strategy: LearnerStrategy, **changes: Any) -> Learner:
+    torch.manual_seed(1)
+    head = ValueHead(WIDTH, (6,)).double()
+    schedule = Schedule(*(column.double() for column in flow_sde_schedule(4, 0.5)))
+    config = AlgoConfig(**{**CONFIG, **changes})
+    return Learner(
+        policy,  # type: ignore[arg-type]
+        head,
+        config,
+        schedule,
+        seed=0,
+        total_iterations=4,
+        group=group,
+        strategy=strategy,
+    )
+
+
+def new_policy() -> SmallPolicy:
+    torch.manual_seed(0)
+    return SmallPolicy().double()
+
+
+def rollout_of(policy: Any, learner: Learner, iteration: int, share: slice, group: Group) -> TensorDict:
+    """What a rank would have collected, its episodes drawn together with all others'."""
+    g = torch.Generator().manual_seed(100 + iteration)
+    shape = (EPISODES, DECISIONS)
+
+    def draw(*size: int) -> Tensor:
+        return torch.randn(*shape, *size, generator=g, dtype=torch.float64)
+
+    length = torch.randint(1, DECISIONS + 1, (EPISODES, 1), generator=g)
+    index = torch.arange(DECISIONS)
+    executed = torch.randint(1, H + 1, shape, generator=g)
+    data = TensorDict(
+        {
+            "batch": TensorDict({"seen": draw(5)}, batch_size=shape),
+            "before": draw(H, K),
+            "step": torch.randint(4, shape, generator=g),
+            "valid": index < length,
+            "mask": (torch.arange(H) < executed[..., None])[..., None].expand(*shape, H, K).clone(),
+            "draw": draw(H, K),
+            "next": TensorDict(
+                {
+                    "reward": draw(),
+                    "terminated": (index == length - 1) & (torch.rand(EPISODES, 1, generator=g) < 0.5),
+                    "done": index == length - 1,
+                    "success": (index == length - 1) & (torch.rand(EPISODES, 1, generator=g) < 0.5),
+                    "executed_steps": executed,
+                },
+                batch_size=shape,
+            ),
+        },
+        batch_size=shape,
+    )[share]
+    flat = data.flatten()
+    with torch.no_grad():
+        context = policy.encode(flat["batch"])
+        if not learner.config.train_vlm:
+            flat["context"] = context.to_tensordict()
+            del flat["batch"]
+        flat["after"] = flat["before"]
+        scored = score(policy, flat, learner.schedule)
+        flat["mean"] = scored.mean
+        flat["after"] = scored.mean + scored.std * flat.pop("draw")
+        flat["log_prob"] = score(policy, flat, learner.schedule).log_prob
+        flat["state_value"] = learner.value_head(policy.value_features(context)) * flat["valid"]
+    rollout: TensorDict = flat.unflatten(0, data.shape)
+    following = torch.zeros_like(rollout["state_value"])
+    following[:, :-1] = rollout["state_value"][:, 1:]
+    rollout["next", "state_value"] = following * ~rollout["next", "done"]
+    add_advantages(rollout, learner.config, group)
+    return rollout
+
+
+def train(group: Group, strategy: LearnerStrategy, updates: range, folder: Path | None, **changes: Any) -> Any:
+    """``updates`` on this rank's share; parameters, learner state and metrics after the last."""
+    share = SHARES[group.rank] if group.size > 1 else slice(None)
+    policy = new_policy()
+    learner = parts(policy, group, strategy, **changes)
+    if folder is not None:
+        saved = torch.load(folder / "state.pt", weights_only=True)
+        policy.load_state_dict(saved["policy"])
+        learner.load_state_dict(saved["learner"])
+    metrics = [learner.update(rollout_of(policy, learner, i, share, group), i) for i in updates]
+    return {"policy": policy.state_dict(), "learner": learner.state_dict(), "metrics": metrics}
+
+
+def fail_on_the_second(group: Group, strategy: LearnerStrategy) -> Any:
+    policy = new_policy()
+    learner = parts(policy, group, strategy)
+    rollout = rollout_of(policy, learner, 0, SHARES[group.rank], group)
+    if group.rank == 1:
+        rollout["after"] = rollout["after"].clamp(-0.1, 0.1)
+    learner.update(rollout, 0)
+
+
+def talk(group: Group) -> Any:
+    values = torch.tensor([[1.0, 2.0], [9.0, 4.0]][group.rank], dtype=torch.float64)[: 2 - group.rank]
+    return {
+        "total": group.total(1 + group.rank, 0.5),
+        "largest": group.largest(3.0 - group.rank, math.nan if group.rank else 0.0),
+        # Of 1, 2 and 9.
+        "mean": group.mean(values),
+        "moments": [float(x) for x in group.moments(values)],
+        "variance": float(group.variance(values)),
+        "nothing": group.mean(values[:0]),
+        "gathered": group.gather({"rank": group.rank, "said": "x" * (5 + 300 * group.rank)}),
+        "order": group.broadcast(["go", [1, 2]] if group.leads else None),
+    }
+
+
+def _enter(rank: int, address: str, results: Any, work: Callable[..., Any], arguments: Any) -> None:
+    torch.set_num_threads(1)
+    try:
+        group = join(address, rank, 2, backend="gloo", timeout_s=60)
+        outcome: Any = ("done", work(group, *arguments[0], **arguments[1]))
+    except Exception as error:
+        outcome = ("failed", f"{type(error).__name__}: {error}", traceback.format_exc())
+    finally:
+        leave()
+    torch.save(outcome, results / f"{rank}.pt")
+
+
+def on_two_ranks(folder: Path, work: Callable[..., Any], *arguments: Any, **named: Any) -> list[Any]:
+    """What ``work(group, ...)`` returns or raises on either rank of a gloo group."""
+    folder.mkdir()
+    context = multiprocessing.get_context("spawn")
+    address = f"file://{folder / 'meet'}"
+    processes = [
+        context.Process(target=_enter, args=(rank, address, folder, work, (arguments, named))) for rank in range(2)
+    ]
+    for process in processes:
+        process.start()
+    for process in processes:
+        process.join(180)
+        assert process.exitcode == 0
+    return [torch.load(folder / f"{rank}.pt", weights_only=False) for rank in range(2)]
+
+
+def done(outcomes: list[Any]) -> list[Any]:
+    for outcome in outcomes:
+        assert outcome[0] == "done", outcome[-1]
+    return [outcome[1] for outcome in outcomes]
+
+
+def assert_close(one: Any, other: Any, where: str = "") -> None:
+    """Equal trees of tensors and numbers, to 1e-12 relative to 1."""
+    if isinstance(one, dict):
+        assert one.keys() == other.keys(), where
+        for key in one:
+            assert_close(one[key], other[key], f"{where}/{key}")
+    elif isinstance(one, list | tuple):
+        assert len(one) == len(other), where
+        for i, (a, b) in enumerate(zip(one, other, strict=True)):
+            assert_close(a, b, f"{where}/{i}")
+    elif isinstance(one, Tensor):
+        assert type(one) is type(other), where
+        assert one.shape == other.shape, where
+        torch.testing.assert_close(one, other, rtol=1e-12, atol=1e-12, msg=lambda text: f"{where}: {text}")
+    elif isinstance(one, str | bool | None):
+        assert one == other, where
+    else:
+        assert other == pytest.approx(one, rel=1e-12, abs=1e-12, nan_ok=True), where
+
+
+def test_two_ranks_agree_on_sums_moments_and_messages(tmp_path: Path) -> None:
+    results = done(on_two_ranks(tmp_path / "run", talk))
+    assert_close(results[0], results[1])
+    found = results[0]
+    assert found["total"] == [3.0, 1.0]
+    assert found["largest"][0] == 3.0
+    assert math.isnan(found["largest"][1])
+    assert found["mean"] == pytest.approx(4)
+    assert found["variance"] == pytest.approx((9 + 4 + 25) / 3)
+    assert found["moments"] == pytest.approx([4, math.sqrt(38 / 3)])
+    assert math.isnan(found["nothing"])
+    assert [message["rank"] for message in found["gathered"]] == [0, 1]
+    assert len(found["gathered"][1]["said"]) == 305
+    assert found["order"] == ["go", [1, 2]]
+
+
+@pytest.mark.parametrize("strategy", STRATEGIES)
+@pytest.mark.parametrize(
+    "changes",
+    [
+        pytest.param({}, id="frozen-backbone"),
+        pytest.param({"train_vlm": True, "vlm_lr": 1e-3, "reduction": Reduction.sum, "value_clip": None}, id="all"),
+    ],
+)
+def test_two_ranks_with_uneven_shares_equal_one(
+    strategy: LearnerStrategy, changes: dict[str, Any], tmp_path: Path
+) -> None:
+    # Iteration 0 trains the critic only, then come three updates of everything.
+    alone = train(ALONE, strategy, range(4), None, **changes)
+    both = done(on_two_ranks(tmp_path / "run", train, strategy, range(4), None, **changes))
+    first = both[0]
+    assert_close(alone, first)
+    assert_close(alone["metrics"], both[1]["metrics"])
+    assert_close(alone["policy"], both[1]["policy"])
+    # The comparison has something to compare: weights moved, every kind of update was made, an epoch was cut.
+    start = new_policy().state_dict()
+    assert (alone["policy"]["expert.0.weight"] - start["expert.0.weight"]).abs().max() > 1e-3
+    stayed = torch.equal(alone["policy"]["vlm.0.weight"], start["vlm.0.weight"])
+    assert stayed != changes.get("train_vlm", False)
+    assert [row["ppo/critic_only"] for row in alone["metrics"]] == [1, 0, 0, 0]
+    assert len({row["optim/policy_lr"] for row in alone["metrics"]}) > 1
+    assert {row["ppo/epochs"] for row in alone["metrics"]} == {2, 3}
+
+
+@pytest.mark.parametrize("strategy", STRATEGIES)
+def test_a_run_goes_on_with_another_number_of_ranks(strategy: LearnerStrategy, tmp_path: Path) -> None:
+    straight = train(ALONE, strategy, range(4), None)
+    early = {
+        "one": train(ALONE, strategy, range(2), None),
+        "two": done(on_two_ranks(tmp_path / "early", train, strategy, range(2), None))[0],
+    }
+    for name, content in early.items():
+        (tmp_path / name).mkdir()
+        torch.save({key: content[key] for key in ("policy", "learner")}, tmp_path / name / "state.pt")
+    late = done(on_two_ranks(tmp_path / "late", train, strategy, range(2, 4), tmp_path / "one"))[0]
+    for finished in (late, train(ALONE, strategy, range(2, 4), tmp_path / "two")):
+        for part in ("policy", "learner"):
+            assert_close(straight[part], finished[part])
+        assert_close(straight["metrics"][2:], finished["metrics"])
+
+
+@pytest.mark.parametrize("strategy", STRATEGIES)
+def test_what_fails_on_one_rank_ends_both_with_the_same_words(strategy: LearnerStrategy, tmp_path: Path) -> None:
+    outcomes = on_two_ranks(tmp_path / "run", fail_on_the_second, strategy)
+    assert [outcome[0] for outcome in outcomes] == ["failed", "failed"]
+    assert outcomes[0][1] == outcomes[1][1]
+    assert outcomes[0][1].startswith(f"{InvariantError.__name__}: on the first minibatch a ratio is off")
