@@ -1,0 +1,364 @@
+"""What `scaling_model` needs, measured: rlvla's own rollout and learner with a stop-watch at their two borders."""
+
+import json
+import os
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from scaling_model import Costs, Plan, Prediction, simulate
+from scipy.optimize import nnls
+
+from rlvla.acting import Actor, Thought
+from rlvla.config import TrainConfig, WorkerKind
+from rlvla.learner import Learner
+from rlvla.mixing import task_weights, training_states
+from rlvla.policies.base import ValueHead
+from rlvla.policies.folder import load_policy
+from rlvla.rollout import collect
+from rlvla.run import pick_device
+from rlvla.run_folder import read_run
+from rlvla.seeding import seed_torch
+from rlvla.train import add_advantages
+from rlvla.workers import Envs, Round, open_envs
+from rlvla_algos.flow import flow_sde_schedule
+from rlvla_envs.base import ChunkResult, Demonstration, Observation
+
+DRAWS = 16
+"""Iterations of the model behind a predicted row: the episodes of one alone differ by some per cent."""
+CALL_S = 0.003
+"""MEASURED on an idle machine, Ray 2.60: a request with a chunk and its reply with some megabytes of images."""
+EARLY = 4
+"""A policy that learns ends its episodes sooner, and the calibration knows only those of the policy it started from."""
+CALIBRATION = "calibration itself"
+"""Label of the row that predicts what its costs were measured on."""
+FORWARD_SHARE = 1 / 3
+"""ASSUMED: a forward pass costs a third of a forward and a backward one."""
+
+
+@dataclass(frozen=True)
+class Measured:
+    """Iterations that were really run, on one layout."""
+
+    actors: int
+    envs_per_actor: int
+    iterations: int
+    rollout_s: float
+    """Mean over the iterations, as the four below."""
+    update_s: float
+    decisions: float
+    env_steps: float
+    epochs: float
+    load: float
+    """Load average when they ended, these included; 0 where nobody noted it."""
+
+    @property
+    def steps_per_s(self) -> float:
+        """`speed/env_steps_per_s`: over the rollout alone."""
+        return self.env_steps / self.rollout_s
+
+
+@dataclass(frozen=True)
+class Calibration:
+    """Costs, and the episodes they were measured on."""
+
+    costs: Costs
+    decisions: list[int]
+    chunk_steps: float
+    prompt_shares: list[float]
+    inference_batch: int
+    measured: Measured
+
+    def plan(self, *, actors: int, envs_per_actor: int, episodes: int, epochs: float, minibatch: int) -> Plan:
+        """One process on this machine, as `rlvla train` runs here."""
+        return Plan(
+            actors=actors,
+            envs_per_actor=envs_per_actor,
+            cores=os.cpu_count() or 1,
+            inference_on_core=True,
+            inference_batch=self.inference_batch,
+            episodes=episodes,
+            decisions=self.decisions,
+            chunk_steps=self.chunk_steps,
+            prompt_shares=self.prompt_shares,
+            epochs=epochs,
+            minibatch=minibatch,
+        )
+
+    def to_json(self) -> str:
+        return json.dumps(asdict(self))
+
+    @classmethod
+    def from_json(cls, text: str) -> "Calibration":
+        data = json.loads(text)
+        return cls(**{**data, "costs": Costs(**data["costs"]), "measured": Measured(**data["measured"])})
+
+
+@dataclass
+class _Watch:
+    """What the stop-watch saw: (requests, restarts, executed steps, chunks) of each round, its seconds, inference."""
+
+    clock: Callable[[], float] = time.perf_counter
+    rounds: list[tuple[float, ...]] = field(default_factory=list)
+    round_s: list[float] = field(default_factory=list)
+    blocks: int = 0
+    inference_s: float = 0.0
+    prompts: dict[int, int] = field(default_factory=dict)
+
+
+class _TimedActor(Actor):
+    watch: _Watch
+
+    def decide(self, observation: Observation, rngs: Sequence[np.random.Generator], **options: Any) -> Thought:
+        lengths = [self.policy.context_length(text) for text in observation.instruction]
+        for length in lengths:
+            self.watch.prompts[length] = self.watch.prompts.get(length, 0) + 1
+        self.watch.blocks += sum(-(-lengths.count(length) // self.block) for length in set(lengths))
+        started = self.watch.clock()
+        thought = super().decide(observation, rngs, **options)
+        self.watch.inference_s += self.watch.clock() - started
+        return thought
+
+
+class _TimedEnvs:
+    """`Envs` around `Envs`."""
+
+    def __init__(self, envs: Envs, watch: _Watch) -> None:
+        self._envs, self._watch = envs, watch
+        self.spec, self.num_slots, self.group_size = envs.spec, envs.num_slots, envs.group_size
+
+    def advance(self, todo: Round) -> tuple[Observation | None, ChunkResult | None]:
+        started = self._watch.clock()
+        first, result = self._envs.advance(todo)
+        self._watch.round_s.append(self._watch.clock() - started)
+        steps = 0 if result is None else int(result.executed_steps.sum())
+        self._watch.rounds.append((1.0, len(todo.restart_slots), steps, len(todo.chunk_slots)))
+        return first, result
+
+    def demonstrate(self, states: Sequence[int], seeds: Sequence[int]) -> list[Demonstration]:
+        return self._envs.demonstrate(states, seeds)
+
+    def film(self, slot: int) -> np.ndarray | None:
+        return self._envs.film(slot)
+
+    def close(self) -> None:
+        self._envs.close()
+
+
+def read_config(run: Path) -> TrainConfig:
+    """The configuration of a run folder.
+
+    Raises:
+        ValueError: there is none, or its options are no longer those of `rlvla train`.
+    """
+    from omegaconf import OmegaConf
+    from omegaconf.errors import OmegaConfBaseException
+
+    path = run / "config.yaml"
+    if not path.is_file():
+        raise ValueError(f"there is no {path}. Give the output folder of an `rlvla train`.")
+    try:
+        config = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(TrainConfig), OmegaConf.load(path)))
+    except OmegaConfBaseException as error:
+        reason = str(error).splitlines()[0]
+        raise ValueError(f"{path} is not of today's `rlvla train`: {reason}. Give a newer run.") from error
+    assert isinstance(config, TrainConfig)
+    return config
+
+
+def read_measured(run: Path) -> Measured:
+    """What a finished run noted of its first `EARLY` iterations that trained the policy.
+
+    Raises:
+        ValueError: it has none.
+    """
+    # Not through `TrainConfig`: an old run may have options that are no more, and these four stay.
+    folder = read_run(run)
+    rows = [row for row in folder.iterations if not row.get("ppo/critic_only")][:EARLY]
+    if not rows:
+        raise ValueError(f"{run}/metrics.jsonl has no iteration that trained the policy. Give a run with some.")
+
+    def mean(key: str) -> float:
+        return float(np.mean([row[key] for row in rows]))
+
+    return Measured(
+        actors=folder.setting("workers.num_actors") or os.cpu_count() or 1,
+        envs_per_actor=int(folder.setting("workers.envs_per_actor")),
+        iterations=len(rows),
+        rollout_s=mean("time/rollout_s"),
+        update_s=mean("time/update_s"),
+        decisions=mean("rollout/decisions"),
+        env_steps=mean("rollout/env_steps"),
+        epochs=mean("ppo/epochs"),
+        load=0.0,
+    )
+
+
+def measure(
+    config: TrainConfig,
+    *,
+    actors: int,
+    envs_per_actor: int,
+    episodes: int,
+    iterations: int,
+    first: int,
+    cpu_time: bool = False,
+) -> Calibration:
+    """Run iterations of ``config`` on a layout, after one that warms up.
+
+    The update changes no weight, so every iteration plays the same policy; its epochs all run.
+
+    Args:
+        first: number of the first counted iteration. Calibrate and check with different ones: the same number has the
+            same episodes.
+        cpu_time: count the seconds that this process computes, simulators in it and on one thread, instead of those
+            that pass. What other jobs take does not count, so it tells the costs of an idle machine on a busy one; the
+            update is taken to be as many times faster as there are cores.
+    """
+    device = pick_device(config.device)
+    seed_torch(config.seed)
+    algo = replace(
+        config.algo, critic_only_iterations=0, min_successes=0, policy_lr=1e-12, vlm_lr=1e-12, value_lr=1e-12
+    )
+    policy = load_policy(Path(config.policy), device)
+    value_head = ValueHead(policy.value_size, algo.value_hidden_sizes).to(device)
+    schedule = flow_sde_schedule(policy.num_denoising_steps, algo.noise_level).to(device)
+    learner = Learner(policy, value_head, algo, schedule, seed=config.seed, total_iterations=first + iterations)
+    actor = _TimedActor(policy, block=config.inference_batch, device=device)
+    workers = replace(config.workers, num_actors=actors, envs_per_actor=envs_per_actor)
+    watch = _Watch()
+    threads, cores = torch.get_num_threads(), os.cpu_count() or 1
+    if cpu_time:
+        workers = replace(workers, kind=WorkerKind.local)
+        watch = _Watch(clock=time.process_time)
+        torch.set_num_threads(1)
+    rollout_s: list[float] = []
+    update_s: list[float] = []
+    epochs: list[float] = []
+    lengths: list[int] = []
+    env_steps = 0
+    envs = open_envs(config.suite, workers)
+    try:
+        weights = task_weights(config, envs.spec.task_names(), dict.fromkeys(envs.spec.task_names(), 0.0))
+        for iteration in range(first - 1, first + iterations):
+            warm = iteration >= first
+            actor.watch = watch if warm else _Watch()
+            number = episodes if warm else actors * envs_per_actor
+            states = training_states(envs.spec, weights, number, seed=config.seed, iteration=iteration)
+            started = watch.clock()
+            rollout = collect(
+                actor,
+                value_head,
+                _TimedEnvs(envs, actor.watch),
+                states,
+                schedule=schedule,
+                key=(config.seed, iteration),
+                store_context=not algo.train_vlm,
+                value_final=algo.bootstrap_time_limit,
+            )
+            collected = watch.clock()
+            add_advantages(rollout, algo)
+            updated = learner.update(rollout, iteration)
+            ended = watch.clock()
+            if warm:
+                rollout_s.append(collected - started)
+                update_s.append((ended - collected) / (cores if cpu_time else 1))
+                epochs.append(updated["ppo/epochs"])
+                lengths += rollout["valid"].sum(dim=1).tolist()
+                env_steps += int(rollout["next", "executed_steps"].sum())
+    finally:
+        envs.close()
+        torch.set_num_threads(threads)
+    decisions = sum(lengths)
+    measured = Measured(
+        actors=actors,
+        envs_per_actor=envs_per_actor,
+        iterations=iterations,
+        rollout_s=float(np.mean(rollout_s)),
+        update_s=float(np.mean(update_s)),
+        decisions=decisions / iterations,
+        env_steps=env_steps / iterations,
+        epochs=float(np.mean(epochs)),
+        load=os.getloadavg()[0],
+    )
+    shares = [watch.prompts[length] / decisions for length in sorted(watch.prompts)]
+    costs = _fit(watch, measured, sum(rollout_s), decisions)
+    return Calibration(
+        costs=replace(costs, call_s=costs.call_s + CALL_S) if cpu_time else costs,
+        decisions=[int(length) for length in lengths],
+        chunk_steps=env_steps / decisions,
+        prompt_shares=shares,
+        inference_batch=config.inference_batch,
+        measured=measured,
+    )
+
+
+def _fit(watch: _Watch, measured: Measured, rollout_s: float, decisions: int) -> Costs:
+    """Costs from the stop-watch. Right for one actor: rounds of several end with the slowest."""
+    rounds: NDArray[np.float64] = np.array(watch.rounds)
+    seconds: NDArray[np.float64] = np.array(watch.round_s)
+    # A chunk's render goes with its steps: nearly all chunks are full, so the two cannot be told apart, and at the
+    # same chunk size they need not be.
+    (call_s, reset_s, step_s), _ = nnls(rounds[:, :3], seconds)
+    residual = seconds - rounds[:, :3] @ [call_s, reset_s, step_s]
+    chunk_s = step_s * rounds[:, 2].sum() / rounds[:, 3].sum()
+    variance = (residual**2).sum() / (rounds[:, 3].sum() * chunk_s**2)
+    per_decision = decisions * (measured.epochs + FORWARD_SHARE) / measured.iterations
+    train_s = measured.update_s / per_decision
+    return Costs(
+        call_s=float(call_s),
+        reset_s=float(reset_s),
+        step_s=float(step_s),
+        spread=float(np.sqrt(np.log1p(variance))),
+        # A block is padded to its full size, so what a row costs cannot be seen and need not be.
+        inference_base_s=watch.inference_s / watch.blocks,
+        record_s=float(max(0.0, rollout_s - seconds.sum() - watch.inference_s)) / decisions,
+        train_s=train_s,
+        score_s=train_s * FORWARD_SHARE,
+    )
+
+
+@dataclass(frozen=True)
+class Check:
+    label: str
+    measured: Measured
+    predicted: Prediction
+
+    @property
+    def ratios(self) -> dict[str, float]:
+        """Predicted / measured."""
+        return {
+            "env_steps": self.predicted.env_steps / self.measured.env_steps,
+            "rollout_s": self.predicted.rollout_s / self.measured.rollout_s,
+            "update_s": self.predicted.update_s / self.measured.update_s,
+            "steps_per_s": self.predicted.env_steps / self.predicted.rollout_s / self.measured.steps_per_s,
+        }
+
+
+def check(label: str, calibration: Calibration, measured: Measured, episodes: int, minibatch: int) -> Check:
+    """Predict what was measured, from costs and episodes of the calibration alone."""
+    plan = calibration.plan(
+        actors=measured.actors,
+        envs_per_actor=measured.envs_per_actor,
+        episodes=episodes,
+        epochs=measured.epochs,
+        minibatch=minibatch,
+    )
+    return Check(label, measured, simulate(plan, calibration.costs, iterations=DRAWS))
+
+
+def checks_of(saved: Mapping[str, Any]) -> list[Check]:
+    """Predictions are made anew from what was measured, so that the page shows today's model."""
+    calibration = Calibration.from_json(json.dumps(saved["calibration"]))
+    settings = (saved["episodes"], saved["minibatch"])
+    rows = [check(CALIBRATION, calibration, calibration.measured, *settings)]
+    rows += [check("predicted", calibration, Measured(**found), *settings) for found in saved["checks"]]
+    for found in saved["recorded"]:
+        label = f"recorded, {found['episodes']} episodes"
+        rows.append(check(label, calibration, Measured(**found["measured"]), found["episodes"], found["minibatch"]))
+    return rows
