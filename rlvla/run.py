@@ -26,6 +26,21 @@ RESUMABLE = ("train", "eval")
 FREE_TO_CHANGE = ("output", "device", "workers", "save_every", "keep_checkpoints", "max_minutes")
 """Settings that no iteration depends on: a run may go on with others."""
 
+RECORDED_PACKAGES = (
+    "rlvla",
+    "torch",
+    "transformers",
+    "ray",
+    "mani-skill",
+    "sapien",
+    "tensordict",
+    "torchrl",
+    "numpy",
+    "gymnasium",
+    "hydra-core",
+)
+"""Whose version can change a result."""
+
 CLOCK = ".minutes"
 SECONDS_BETWEEN_TICKS = 5.0
 
@@ -335,19 +350,7 @@ def versions() -> dict[str, str]:
     from importlib.metadata import PackageNotFoundError, version
 
     found = {"python": sys.version.split()[0], "platform": platform.platform(), "cpu": _cpu_name()}
-    for package in [
-        "rlvla",
-        "torch",
-        "transformers",
-        "ray",
-        "mani-skill",
-        "sapien",
-        "tensordict",
-        "torchrl",
-        "numpy",
-        "gymnasium",
-        "hydra-core",
-    ]:
+    for package in RECORDED_PACKAGES:
         with contextlib.suppress(PackageNotFoundError):
             found[package.replace("-", "_")] = version(package)
     found["git_commit"] = _git_commit()

@@ -31,6 +31,9 @@ from rlvla_envs.suites import check_memory, check_suite, make_env
 
 Arrays = dict[str, np.ndarray]
 
+OBJECT_STORE_BYTES = 512 * 1024**2
+"""Of Ray, in shared memory: replies pass through it, nothing stays."""
+
 
 @dataclass(frozen=True)
 class Round:
@@ -318,6 +321,32 @@ def _require_expert(env: VecEnv) -> Demonstrator:
     return env
 
 
+class _Echo:
+    """The smallest actor, for `check_ray`."""
+
+    def answer(self, word: str) -> str:
+        return word
+
+
+def check_ray(timeout_s: float) -> dict[str, Any]:
+    """Start Ray as a run does, ask an actor, stop it. For `rlvla doctor`, in a process of its own.
+
+    Returns:
+        ``version`` of Ray, ``token`` (the path of its token file).
+
+    Raises:
+        RuntimeError: Ray or the actor did not start or answer.
+    """
+    ray = _start_ray(1)
+    try:
+        actor = ray.remote(num_cpus=0, max_restarts=0, max_task_retries=0)(_Echo).remote()
+        if ray.get(actor.answer.remote("well"), timeout=timeout_s) != "well":
+            raise RuntimeError("an actor of Ray gave a wrong answer.")
+        return {"version": ray.__version__, "token": os.environ["RAY_AUTH_TOKEN_PATH"]}
+    finally:
+        ray.shutdown()
+
+
 def _start_ray(num_actors: int) -> Any:
     """An embedded Ray for this run alone, authenticated with our own token."""
     # Read when Ray starts: no idle workers, and a token that only we can read.
@@ -335,7 +364,7 @@ def _start_ray(num_actors: int) -> Any:
             include_dashboard=False,
             log_to_driver=False,
             logging_level=logging.ERROR,
-            object_store_memory=512 * 1024**2,
+            object_store_memory=OBJECT_STORE_BYTES,
         )
     return cast(Any, ray)
 
