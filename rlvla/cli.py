@@ -8,17 +8,19 @@ VERBS = {
     "sft": "train a flow-matching policy on demonstrations",
     "train": "refine a policy with PPO and prove what it gained",
     "eval": "measure a policy on held-back initial states",
+    "doctor": "say what works on this machine, how to cure the rest, and what memory a run takes",
 }
 
 EXAMPLES = """examples:
   rlvla collect output=datasets/push_cube episodes=100
   rlvla sft dataset=datasets/push_cube output=runs/sft
   rlvla train policy=runs/sft/policy output=runs/ppo algo.target_kl=0.1
-  rlvla eval policy=runs/ppo/policy suite=push_cube eval.trials=200 output=runs/eval"""
+  rlvla eval policy=runs/ppo/policy suite=push_cube eval.trials=200 output=runs/eval
+  rlvla doctor policy=qwen_vla_4b suite=simpler_env device_memory_gb=80"""
 
 
 def main(argv: list[str] | None = None) -> None:
-    """Run a verb; exit 2 for what a user can correct, 1 for what broke, 130 for Ctrl-C."""
+    """Run a verb; exit 2 for what a user can correct, 1 for what broke or does not work here, 130 for Ctrl-C."""
     arguments = list(sys.argv[1:] if argv is None else argv)
     debug = "--debug" in arguments
     arguments = [a for a in arguments if a != "--debug"]
@@ -70,6 +72,8 @@ def _run(verb: str, overrides: list[str]) -> None:
     modules = {"eval": "evaluate"}
     summary: dict[str, Any] = importlib.import_module(f"rlvla.{modules.get(verb, verb)}").run(config)
     print(json.dumps(summary))
+    if not summary.get("ok", True):
+        raise SystemExit(1)
 
 
 def _quieten() -> None:

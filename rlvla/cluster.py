@@ -13,6 +13,8 @@ from rlvla.config import ClusterConfig, ConfigError
 
 KNOCK_S = 10
 PROBE_S = 60
+OBJECT_STORE_BYTES = 512 * 1024**2
+"""Of the embedded Ray, in shared memory: replies pass through it, nothing stays."""
 
 
 def connect(config: ClusterConfig, num_actors: int) -> Any:
@@ -38,9 +40,11 @@ def connect(config: ClusterConfig, num_actors: int) -> Any:
     quiet: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.ERROR}
     if config.address is None:
         ray.init(
+            # Without it Ray joins whatever cluster it finds on the machine.
+            address="local",
             num_cpus=max(num_actors, os.cpu_count() or 1),
             include_dashboard=False,
-            object_store_memory=512 * 1024**2,
+            object_store_memory=OBJECT_STORE_BYTES,
             **quiet,
         )
         return cast(Any, ray)
@@ -63,6 +67,32 @@ def connect(config: ClusterConfig, num_actors: int) -> Any:
             "choose another with cluster.token_file."
         ) from error
     return cast(Any, ray)
+
+
+class _Echo:
+    """The smallest actor, for `check_ray`."""
+
+    def answer(self, word: str) -> str:
+        return word
+
+
+def check_ray(timeout_s: float) -> dict[str, Any]:
+    """Start Ray as a run does, ask an actor, stop it. For `rlvla doctor`, in a process of its own.
+
+    Returns:
+        ``version`` of Ray, ``token`` (the path of its token file).
+
+    Raises:
+        RuntimeError: Ray or the actor did not start or answer.
+    """
+    ray = connect(ClusterConfig(), 1)
+    try:
+        actor = ray.remote(num_cpus=0, max_restarts=0, max_task_retries=0)(_Echo).remote()
+        if ray.get(actor.answer.remote("well"), timeout=timeout_s) != "well":
+            raise RuntimeError("an actor of Ray gave a wrong answer.")
+        return {"version": ray.__version__, "token": os.environ["RAY_AUTH_TOKEN_PATH"]}
+    finally:
+        ray.shutdown()
 
 
 def disconnect(ray: Any) -> None:

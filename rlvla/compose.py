@@ -11,7 +11,7 @@ from enum import Enum
 from pathlib import Path
 from typing import Any, cast
 
-from rlvla.config import MISSING, CollectConfig, ConfigError, EvaluateConfig, SFTConfig, TrainConfig
+from rlvla.config import MISSING, CollectConfig, ConfigError, DoctorConfig, EvaluateConfig, SFTConfig, TrainConfig
 from rlvla_envs.base import SuiteConfig
 
 SCHEMAS: dict[str, type] = {
@@ -19,6 +19,7 @@ SCHEMAS: dict[str, type] = {
     "sft": SFTConfig,
     "train": TrainConfig,
     "eval": EvaluateConfig,
+    "doctor": DoctorConfig,
 }
 
 OPEN_KEYS = ("suite.options.", "task_weights.")
@@ -213,9 +214,10 @@ def _field_docs(schema: type) -> dict[str, str]:
     import inspect
     import textwrap
 
+    base = schema.__base__
+    docs = _field_docs(base) if base is not None and dataclasses.is_dataclass(base) else {}
     body = ast.parse(textwrap.dedent(inspect.getsource(schema))).body[0]
     assert isinstance(body, ast.ClassDef)
-    docs: dict[str, str] = {}
     for statement, following in zip(body.body, body.body[1:], strict=False):
         if (
             isinstance(statement, ast.AnnAssign)

@@ -483,6 +483,37 @@ class SFTConfig:
         )
 
 
+@dataclass(kw_only=True)
+class DoctorConfig(TrainConfig):
+    """`rlvla doctor`: what works here, and what a training run will take. Takes every option of `rlvla train`."""
+
+    policy: str = ""
+    """The run's policy, to plan its memory: a folder, or the name of a file in configs/policy for one that is not
+    trained yet. Empty checks the machine alone."""
+    device_memory_gb: float | None = None
+    """GPU memory to plan for, in 10^9 bytes: another machine than this one, such as 80. null takes the GPU that is
+    here, and plans for the CPU where there is none."""
+    host_memory_gb: float | None = None
+    """Main memory to plan for, in 10^9 bytes; null takes what is free here, or judges none if device_memory_gb names
+    another machine."""
+    deadline_s: float = 120.0
+    """Longest a probe may take. A broken driver can hang; the first import of a simulator is slow on a busy machine."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        for name in ("device_memory_gb", "host_memory_gb"):
+            value = getattr(self, name)
+            _require(value is None or 0 < value < math.inf, name, value, "positive and finite, or null")
+            _require(value is None or bool(self.policy), name, value, "null without policy=: there is no run to plan")
+        _require(
+            self.device_memory_gb is None or self.device != "cpu",
+            "device_memory_gb",
+            self.device_memory_gb,
+            "null with device=cpu: there is no GPU to plan for",
+        )
+        _require(0 < self.deadline_s < math.inf, "deadline_s", self.deadline_s, "positive and finite")
+
+
 def _require(condition: bool, key: str, value: object, must: str) -> None:
     if not condition:
         raise ConfigError(f"{key} is {value}; it must be {must}.")

@@ -27,6 +27,21 @@ FREE_TO_CHANGE = ("output", "device", "workers", "learners", "save_every", "keep
 """Settings that no iteration depends on, but for the rounding of other devices and numbers of learners: a run may go on
 with others."""
 
+RECORDED_PACKAGES = (
+    "rlvla",
+    "torch",
+    "transformers",
+    "ray",
+    "mani-skill",
+    "sapien",
+    "tensordict",
+    "torchrl",
+    "numpy",
+    "gymnasium",
+    "hydra-core",
+)
+"""Whose version can change a result."""
+
 CLOCK = ".minutes"
 SECONDS_BETWEEN_TICKS = 5.0
 
@@ -336,19 +351,7 @@ def versions() -> dict[str, str]:
     from importlib.metadata import PackageNotFoundError, version
 
     found = {"python": sys.version.split()[0], "platform": platform.platform(), "cpu": _cpu_name()}
-    for package in [
-        "rlvla",
-        "torch",
-        "transformers",
-        "ray",
-        "mani-skill",
-        "sapien",
-        "tensordict",
-        "torchrl",
-        "numpy",
-        "gymnasium",
-        "hydra-core",
-    ]:
+    for package in RECORDED_PACKAGES:
         with contextlib.suppress(PackageNotFoundError):
             found[package.replace("-", "_")] = version(package)
     found["git_commit"] = _git_commit()

@@ -20,14 +20,15 @@ from rlvla.learner import Learner
 from rlvla.mixing import task_weights, training_states
 from rlvla.policies.base import ValueHead
 from rlvla.policies.folder import load_policy
+from rlvla.recovery import Incident
 from rlvla.rollout import collect
 from rlvla.run import pick_device
 from rlvla.run_folder import read_run
 from rlvla.seeding import seed_torch
 from rlvla.train import add_advantages
-from rlvla.workers import Envs, Round, open_envs
+from rlvla.workers import Envs, Finish, Reply, Round, open_envs
 from rlvla_algos.flow import flow_sde_schedule
-from rlvla_envs.base import ChunkResult, Demonstration, Observation
+from rlvla_envs.base import Demonstration, Observation
 
 DRAWS = 16
 """Iterations of the model behind a predicted row: the episodes of one alone differ by some per cent."""
@@ -131,14 +132,21 @@ class _TimedEnvs:
     def __init__(self, envs: Envs, watch: _Watch) -> None:
         self._envs, self._watch = envs, watch
         self.spec, self.num_slots, self.group_size = envs.spec, envs.num_slots, envs.group_size
+        self.slots_per_worker = envs.slots_per_worker
 
-    def advance(self, todo: Round) -> tuple[Observation | None, ChunkResult | None]:
+    def begin(self, todo: Round) -> Finish:
+        return lambda: self.advance(todo)
+
+    def advance(self, todo: Round) -> Reply:
         started = self._watch.clock()
-        first, result = self._envs.advance(todo)
+        reply = self._envs.advance(todo)
         self._watch.round_s.append(self._watch.clock() - started)
-        steps = 0 if result is None else int(result.executed_steps.sum())
+        steps = 0 if reply.result is None else int(reply.result.executed_steps.sum())
         self._watch.rounds.append((1.0, len(todo.restart_slots), steps, len(todo.chunk_slots)))
-        return first, result
+        return reply
+
+    def take_incidents(self) -> list[Incident]:
+        return self._envs.take_incidents()
 
     def demonstrate(self, states: Sequence[int], seeds: Sequence[int]) -> list[Demonstration]:
         return self._envs.demonstrate(states, seeds)

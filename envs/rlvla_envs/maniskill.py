@@ -21,7 +21,14 @@ from rlvla_envs.base import (
     Observation,
     SuiteConfig,
 )
-from rlvla_envs.maniskill_common import building_simulator, check_options, record_expert, renew_physics
+from rlvla_envs.maniskill_common import (
+    building_simulator,
+    check_options,
+    record_expert,
+    renew_physics,
+    require_maniskill,
+)
+from rlvla_envs.suites import Ready
 
 INSTRUCTIONS = {
     "PushCube-v1": "push the blue cube onto the red and white target",
@@ -49,6 +56,8 @@ PANDA_ACTION = (
     ),
     ActionComponent(name="gripper", size=1, convention="absolute, 1 open, -1 closed", low=-1.0, high=1.0),
 )
+
+RENDERER = "vulkan"
 
 OPTIONS = {"camera", "shader", "render_backend", "sim_backend", "render_every_step"}
 
@@ -173,6 +182,13 @@ class ManiSkillEnv:
             values.append(flat)
             names += [f"{name}.{i}" for i in range(len(flat))] if len(flat) > 1 else [name]
         return np.concatenate(values), names
+
+
+def check_ready(config: SuiteConfig) -> Ready:
+    """See `rlvla_envs.suites.check_ready`."""
+    check_options(config, OPTIONS)
+    require_maniskill()
+    return Ready()
 
 
 @contextlib.contextmanager

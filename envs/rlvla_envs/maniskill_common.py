@@ -12,6 +12,7 @@ import numpy as np
 from jaxtyping import Float
 
 from rlvla_envs.base import Demonstration, Observation, SuiteConfig, VecEnv
+from rlvla_envs.suites import require_packages
 
 
 def check_options(config: SuiteConfig, known: set[str]) -> None:
@@ -24,6 +25,11 @@ def check_options(config: SuiteConfig, known: set[str]) -> None:
             + (f" Did you mean {close[0]!r}?" if close else "")
             + f" Options: {', '.join(sorted(known))}."
         )
+
+
+def require_maniskill() -> None:
+    """Raise NotReadyError where ManiSkill is not installed."""
+    require_packages("mani_skill", "sapien", fix='python -m pip install "mani-skill>=3.0.1"')
 
 
 @contextlib.contextmanager

@@ -45,7 +45,7 @@ def prepare_assets(option: str | None, tasks: Iterable[Task]) -> tuple[str, ...]
     Raises:
         ValueError: a file or model is missing, or ManiSkill was already imported with another folder.
     """
-    root = Path(option or os.environ.get("MS_ASSET_DIR") or Path.home() / ".maniskill").expanduser().resolve()
+    root = asset_root(option)
     notes = check_assets(root, tasks)
     loaded = sys.modules.get("mani_skill")
     if loaded is not None and Path(loaded.ASSET_DIR).resolve() != root / "data":
@@ -55,6 +55,11 @@ def prepare_assets(option: str | None, tasks: Iterable[Task]) -> tuple[str, ...]
         )
     os.environ["MS_ASSET_DIR"] = str(root)
     return notes
+
+
+def asset_root(option: str | None) -> Path:
+    """The folder that holds ``data/``: ``suite.options.assets``, else MS_ASSET_DIR, else ManiSkill's default."""
+    return Path(option or os.environ.get("MS_ASSET_DIR") or Path.home() / ".maniskill").expanduser().resolve()
 
 
 def check_assets(root: Path, tasks: Iterable[Task]) -> tuple[str, ...]:

@@ -20,11 +20,12 @@ from rlvla_envs.base import (
     Observation,
     SuiteConfig,
 )
-from rlvla_envs.maniskill_common import building_simulator, check_options, record_expert
-from rlvla_envs.simpler_assets import prepare_assets
+from rlvla_envs.maniskill_common import building_simulator, check_options, record_expert, require_maniskill
+from rlvla_envs.simpler_assets import DOWNLOAD, asset_root, check_assets, prepare_assets
 from rlvla_envs.simpler_rules import RuleName
 from rlvla_envs.simpler_tasks import chosen_tasks, configuration_of
 from rlvla_envs.simpler_twin import CAMERA, make_twin
+from rlvla_envs.suites import NotReadyError, Ready
 
 ACTION = (
     ActionComponent(name="translation", size=3, convention="delta, robot base frame, metres", low=-0.05, high=0.05),
@@ -50,6 +51,8 @@ OPTIONS = {"assets", "success", "render_every_step", "sim_backend", "render_back
 BATCHED = "physx_cuda"
 BACKENDS = ("physx_cpu", BATCHED)
 SUCCESS: tuple[RuleName, ...] = ("strict", "maniskill")
+
+RENDERER = "vulkan"
 
 MB_PER_PROCESS = 1000
 """An estimate, on the safe side: Python, torch, SAPIEN, lavapipe, and one scene of each task."""
@@ -321,6 +324,20 @@ def _gpu_is_usable() -> bool:
     import torch
 
     return torch.cuda.is_available()
+
+
+def check_ready(config: SuiteConfig) -> Ready:
+    """See `rlvla_envs.suites.check_ready`. The notes name stand-ins for assets."""
+    check_options(config, OPTIONS)
+    require_maniskill()
+    root = asset_root(config.options.get("assets"))
+    tasks = chosen_tasks(config.name, config.task)
+    download = f"MS_ASSET_DIR={root} {DOWNLOAD}"
+    try:
+        return Ready(check_assets(root, tasks), download)
+    except ValueError as error:
+        first = str(error).splitlines()[0].removesuffix(" Download them with")
+        raise NotReadyError(first, fix=download) from error
 
 
 def memory_mb(config: SuiteConfig, num_envs: int) -> int:

@@ -2,9 +2,12 @@
 
 import difflib
 import importlib
+import importlib.util
 import os
 import re
 from pathlib import Path
+from types import ModuleType
+from typing import NamedTuple
 
 from rlvla_envs.base import SuiteConfig, VecEnv
 
@@ -56,9 +59,58 @@ def make_env(config: SuiteConfig, num_envs: int) -> VecEnv:
         from rlvla_envs.foreign import ForeignEnv
 
         return ForeignEnv(config, num_envs)
-    module, name = SUITES[config.name].split(":")
-    env: VecEnv = getattr(importlib.import_module(module), name)(config, num_envs)
+    env: VecEnv = getattr(suite_module(config.name), SUITES[config.name].split(":")[1])(config, num_envs)
     return env
+
+
+def suite_module(name: str) -> ModuleType:
+    """The module of a suite. Beside its class it may have ``memory_mb`` (`check_memory`), ``check_ready``
+    (`check_ready`) and ``RENDERER`` ("vulkan" or "mujoco")."""
+    return importlib.import_module(SUITES[name].split(":")[0])
+
+
+class NotReadyError(ValueError):
+    """A suite lacks something that a command can bring."""
+
+    def __init__(self, message: str, *, fix: str) -> None:
+        super().__init__(message)
+        self.fix = fix
+        """The command."""
+
+
+def require_packages(*modules: str, fix: str) -> None:
+    """Raise NotReadyError unless each of these can be imported; imports none."""
+    absent = [module for module in modules if importlib.util.find_spec(module) is None]
+    if absent:
+        raise NotReadyError(f"{', '.join(absent)} cannot be imported.", fix=fix)
+
+
+class Ready(NamedTuple):
+    """A suite can run."""
+
+    notes: tuple[str, ...] = ()
+    """What a user should know all the same, such as stand-ins for assets."""
+    fix: str = ""
+    """The command after which there would be no notes."""
+
+
+def check_ready(config: SuiteConfig) -> Ready:
+    """Whether a suite has its packages and files here, without starting it. The suite's own function of this name does
+    the work; a suite without one needs nothing.
+
+    Raises:
+        ValueError: it cannot run; a NotReadyError has the command that helps.
+    """
+    check_suite(config)
+    check = getattr(suite_module(config.name), "check_ready", None)
+    ready: Ready = check(config) if check else Ready()
+    return ready
+
+
+def memory_estimate_mb(config: SuiteConfig, num_envs: int) -> int | None:
+    """What one process with ``num_envs`` environments takes, if the suite says."""
+    estimate = getattr(suite_module(config.name), "memory_mb", None)
+    return None if estimate is None else int(estimate(config, num_envs))
 
 
 def check_memory(config: SuiteConfig, num_envs: int, num_processes: int) -> None:
@@ -69,8 +121,7 @@ def check_memory(config: SuiteConfig, num_envs: int, num_processes: int) -> None
     Raises:
         ValueError: they would not fit; the message says how many do.
     """
-    module = importlib.import_module(SUITES[config.name].split(":")[0])
-    estimate, available = getattr(module, "memory_mb", None), available_mb()
+    estimate, available = getattr(suite_module(config.name), "memory_mb", None), available_mb()
     if estimate is None or available is None or num_processes * estimate(config, num_envs) <= available:
         return
     fitting = [n for n in range(1, num_envs) if num_processes * estimate(config, n) <= available]

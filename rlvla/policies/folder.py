@@ -74,16 +74,8 @@ def load_policy(folder: Path, device: str = "cpu") -> QwenVLA:
     Raises:
         ValueError: not a policy folder, a damaged file, or weights that do not fit; the message names it.
     """
-    if not folder.is_dir():
-        raise ValueError(f"there is no policy folder at {folder}. `rlvla sft` writes one to OUTPUT/policy.")
-    missing = [name for name in FILES if not (folder / name).is_file()]
-    if missing:
-        raise ValueError(
-            f"{folder} is not a complete policy folder: {', '.join(missing)} "
-            f"{'is' if len(missing) == 1 else 'are'} missing. "
-            "Copy the whole folder, or write it again with `rlvla sft`."
-        )
-    config, spec = _read_config(folder / "config.yaml")
+    check_folder(folder)
+    config, spec = read_config(folder / "config.yaml")
     try:
         stats = ActionStats.load(folder / "action_stats.json")
         tokenizer = load_tokenizer(folder)
@@ -93,6 +85,19 @@ def load_policy(folder: Path, device: str = "cpu") -> QwenVLA:
     policy = QwenVLA(config, spec, stats, tokenizer)
     load_weights(policy, folder / "model.safetensors")
     return policy.to(device)
+
+
+def check_folder(folder: Path) -> None:
+    """Raise ValueError where a policy folder or one of its files is not there."""
+    if not folder.is_dir():
+        raise ValueError(f"there is no policy folder at {folder}. `rlvla sft` writes one to OUTPUT/policy.")
+    missing = [name for name in FILES if not (folder / name).is_file()]
+    if missing:
+        raise ValueError(
+            f"{folder} is not a complete policy folder: {', '.join(missing)} "
+            f"{'is' if len(missing) == 1 else 'are'} missing. "
+            "Copy the whole folder, or write it again with `rlvla sft`."
+        )
 
 
 def _check_stats(stats: ActionStats, spec: EnvSpec, path: Path) -> None:
@@ -110,7 +115,7 @@ def _check_stats(stats: ActionStats, spec: EnvSpec, path: Path) -> None:
             )
 
 
-def _read_config(path: Path) -> tuple[Any, EnvSpec]:
+def read_config(path: Path) -> tuple[Any, EnvSpec]:
     from omegaconf import OmegaConf
 
     from rlvla.compose import policy_config_from_dict

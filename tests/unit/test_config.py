@@ -33,7 +33,7 @@ from rlvla.policies.qwen_vla import QwenVLAConfig
 from rlvla_envs.base import SuiteConfig
 from rlvla_envs.suites import SUITES
 
-REQUIRED = {"train": ["policy=p"], "eval": ["policy=p"], "sft": ["dataset=d"], "collect": []}
+REQUIRED = {"train": ["policy=p"], "eval": ["policy=p"], "sft": ["dataset=d"], "collect": [], "doctor": []}
 """What each verb cannot do without."""
 OBVIOUS = {"seed", "device", "task", "name", "weight_decay", "max_grad_norm", "warmup_steps", "beta_beta"}
 OBVIOUS |= {"first_steps_weight"}  # first_steps, the line above it, says what both are for
@@ -166,6 +166,8 @@ def test_composing_checks_the_values() -> None:
         ("eval", "task_weights.gate=1", "is not an option of `rlvla eval`"),
         ("eval", "algo.epochs=3", "'algo.epochs' is not an option of `rlvla eval`"),
         ("collect", "qqq=1", "See --help for all of them."),
+        ("doctor", "deadline=1", "Did you mean 'deadline_s'?"),
+        ("doctor", "algo.clip_epsilonn=0.3", "Did you mean 'algo.clip_epsilon'?"),
     ],
 )
 def test_an_unknown_key_is_refused_and_the_nearest_suggested(verb: str, override: str, said: str) -> None:
@@ -246,6 +248,10 @@ def test_a_wrong_type_is_refused_with_key_value_and_what_it_must_be(override: st
         ("eval", "suite.max_episode_steps=0", "0", "at least 1"),
         ("eval", "suite.num_evaluation_states=2000000", "2000000", "in [1, 1000000]"),
         ("collect", "episodes=0", "0", "at least 1"),
+        ("doctor", "deadline_s=0", "0.0", "positive and finite"),
+        ("doctor", "device_memory_gb=80", "80.0", "null without policy=: there is no run to plan"),
+        ("doctor", "host_memory_gb=-1", "-1.0", "positive and finite, or null"),
+        ("doctor", "episodes_per_iteration=0", "0", "at least 1"),
         ("sft", "steps=0", "0", "at least 1"),
         ("sft", "batch_size=0", "0", "at least 1"),
         ("sft", "noise_draws=0", "0", "at least 1"),

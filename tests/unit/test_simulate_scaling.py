@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 from rlvla.compose import compose, to_yaml
 from rlvla.policies.folder import save_policy
 from rlvla.rollout import play
-from rlvla.workers import Round
+from rlvla.workers import Finish, Reply, Round
 from rlvla_envs.base import ActionComponent, Camera, ChunkResult, EnvSpec, Observation
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -203,10 +203,14 @@ class VirtualEnvs:
     def __init__(self, plan: Plan, costs: Costs, todo: Episodes) -> None:
         self.plan, self.costs, self.todo = plan, costs, todo
         self.num_slots = plan.actors * plan.envs_per_actor
+        self.slots_per_worker = plan.envs_per_actor
         self.playing = np.zeros((self.num_slots, 2), dtype=int)
         self.now = 0.0
 
-    def advance(self, todo: Round) -> tuple[Observation | None, ChunkResult | None]:
+    def begin(self, todo: Round) -> Finish:
+        return lambda: self.advance(todo)
+
+    def advance(self, todo: Round) -> Reply:
         per_actor: dict[int, float] = {}
         for slot, episode in zip(todo.restart_slots, todo.restart_states, strict=True):
             self.playing[slot] = episode, 0
@@ -225,7 +229,7 @@ class VirtualEnvs:
             core = int(np.argmin(free_at))
             free_at[core] += per_actor[actor]
         self.now += max(free_at)
-        return self.observe(len(todo.restart_slots)), self.result(done)
+        return Reply(self.observe(len(todo.restart_slots)), self.result(done))
 
     def observe(self, rows: int) -> Observation | None:
         images = {"c": np.zeros((rows, 1, 1, 3), np.uint8)}

@@ -1,0 +1,319 @@
+"""The memory plan: every number against the thing itself, for policies that are small enough to be built."""
+
+import dataclasses
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from tensordict import TensorDict
+
+from rlvla.acting import Actor
+from rlvla.compose import compose
+from rlvla.config import ConfigError, DoctorConfig
+from rlvla.learner import Learner
+from rlvla.memory import (
+    FULL,
+    Machine,
+    Plan,
+    World,
+    disk_bytes,
+    max_decisions,
+    plan_run,
+    rollout_bytes,
+    trained_bytes,
+    unallocated_policy,
+    value_parameters,
+    worst_phases,
+)
+from rlvla.policies.base import ValueHead
+from rlvla.policies.folder import save_policy
+from rlvla.policies.footprint import Footprint
+from rlvla.policies.qwen_vla import QwenVLA
+from rlvla.rollout import collect
+from rlvla.train import add_advantages
+from rlvla.workers import LocalEnvs
+from rlvla_algos.flow import flow_sde_schedule
+from rlvla_envs.base import FIRST_TRAINING_STATE
+
+EPISODES = 6
+
+
+def doctor(*overrides: str) -> DoctorConfig:
+    config: DoctorConfig = compose("doctor", ["suite=toy", "workers.kind=local", *overrides])
+    return config
+
+
+@pytest.fixture(scope="module")
+def policy(make_policy: Callable[..., QwenVLA]) -> QwenVLA:
+    return make_policy("qwen_vla_toy", LocalEnvs(doctor().suite, 1).spec)
+
+
+@pytest.fixture(scope="module")
+def folder(policy: QwenVLA, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("policy") / "policy"
+    save_policy(policy, path)
+    return path
+
+
+def world(config: DoctorConfig) -> World:
+    env = LocalEnvs(config.suite, 1)
+    return World(env.spec, "fly through the gap and reach the green goal", 300)
+
+
+def size_of(config: DoctorConfig) -> Footprint:
+    return unallocated_policy(config, world(config))[1]
+
+
+def learner_of(policy: QwenVLA, config: DoctorConfig) -> Learner:
+    head = ValueHead(policy.value_size, config.algo.value_hidden_sizes)
+    schedule = flow_sde_schedule(policy.num_denoising_steps, config.algo.noise_level)
+    return Learner(policy, head, config.algo, schedule, seed=0, total_iterations=1)
+
+
+def rollout_of(policy: QwenVLA, config: DoctorConfig) -> TensorDict:
+    rollout = collect(
+        Actor(policy, block=8, device="cpu"),
+        ValueHead(policy.value_size, config.algo.value_hidden_sizes),
+        LocalEnvs(config.suite, 8),
+        [FIRST_TRAINING_STATE + i for i in range(EPISODES)],
+        schedule=flow_sde_schedule(policy.num_denoising_steps, config.algo.noise_level),
+        key=(0, 0),
+        store_context=not config.algo.train_vlm,
+    )
+    # As `rlvla.pipeline` does.
+    rollout["version"] = torch.zeros(rollout.batch_size, dtype=torch.int64)
+    add_advantages(rollout, config.algo)
+    return rollout
+
+
+def bytes_of(data: TensorDict) -> int:
+    return sum(tensor.nbytes for tensor in data.values(include_nested=True, leaves_only=True))
+
+
+def test_the_papers_model_takes_91_gb_before_activations_when_all_of_it_is_trained() -> None:
+    config = doctor("policy=qwen_vla_4b", "algo.train_vlm=true")
+    size = size_of(config)
+    assert round(size.vlm_parameters / 1e9, 2) == 4.54
+    assert round(size.expert_parameters / 1e9, 3) == 1.149
+    # (4.54 + 1.149) 10^9 parameters, each 4 bytes of weight, 4 of gradient, 8 of Adam's moments: 91.0 GB.
+    held = size.policy_bytes + 3 * trained_bytes(config, size)
+    assert round(held / 1e9) == 91
+    frozen = doctor("policy=qwen_vla_4b")
+    # 5.689 weights of 4 bytes and 1.149 of 12: 36.5 GB.
+    assert round((size.policy_bytes + 3 * trained_bytes(frozen, size)) / 1e9, 1) == 36.5
+
+
+@pytest.mark.parametrize("train_vlm", [False, True])
+@pytest.mark.parametrize("hidden", ["[]", "[32,16]"])
+def test_weights_gradients_and_moments_are_those_of_a_learner_that_made_a_step(
+    policy: QwenVLA, folder: Path, train_vlm: bool, hidden: str
+) -> None:
+    config = doctor(f"policy={folder}", f"algo.train_vlm={train_vlm}", f"algo.value_hidden_sizes={hidden}")
+    size = size_of(config)
+    learner = learner_of(policy, config)
+    head = list(learner.value_head.parameters())
+    assert size.policy_bytes == sum(p.nbytes for p in policy.parameters())
+    assert value_parameters(config, size) == sum(p.numel() for p in head)
+
+    trained = [p for p in [*policy.parameters(), *head] if p.requires_grad]
+    for parameter in trained:
+        parameter.grad = torch.zeros_like(parameter)
+    learner._policy_optimizer.step()
+    learner._value_optimizer.step()
+    states = [s for o in (learner._policy_optimizer, learner._value_optimizer) for s in o.state.values()]
+    moments = sum(s["exp_avg"].nbytes + s["exp_avg_sq"].nbytes for s in states)
+    assert trained_bytes(config, size) == sum(p.nbytes for p in trained)
+    assert 2 * trained_bytes(config, size) == moments
+    policy.zero_grad(set_to_none=True)
+
+
+@pytest.mark.parametrize("train_vlm", [False, True])
+def test_the_stored_rollout_has_the_bytes_of_one_that_was_collected(
+    policy: QwenVLA, folder: Path, train_vlm: bool
+) -> None:
+    config = doctor(f"policy={folder}", f"algo.train_vlm={train_vlm}", f"episodes_per_iteration={EPISODES}")
+    rollout = rollout_of(policy, config)
+    longest = config.suite.max_episode_steps // config.suite.chunk_size
+    assert rollout.batch_size[1] <= longest
+    planned = rollout_bytes(config, size_of(config))
+    # Planned for episodes that run to their limit; those that were played may all have ended before it.
+    assert planned * rollout.batch_size[1] == bytes_of(rollout) * longest
+    assert max_decisions(config) == EPISODES * longest
+
+
+@pytest.mark.parametrize("train_vlm", [False, True])
+def test_activations_are_within_a_quarter_of_what_autograd_keeps(
+    policy: QwenVLA, folder: Path, train_vlm: bool
+) -> None:
+    config = doctor(f"policy={folder}", f"algo.train_vlm={train_vlm}")
+    rollout = rollout_of(policy, config)
+    learner = learner_of(policy, config)
+    batch = rollout[rollout["valid"]][:8]
+    weights = {p.untyped_storage().data_ptr() for p in policy.parameters()}
+    kept: dict[int, int] = {}
+    alive: list[Any] = []
+
+    def note(tensor: torch.Tensor) -> torch.Tensor:
+        alive.append(tensor)
+        kept[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
+        learner.forward(batch)
+    real = sum(size for address, size in kept.items() if address not in weights)
+    size = size_of(config)
+    planned = 8 * (size.expert_activations + (size.vlm_activations if train_vlm else 0))
+    assert 0.95 < planned / real < 1.25
+
+
+def test_a_policy_is_planned_without_its_weights(folder: Path) -> None:
+    config = doctor(f"policy={folder}")
+    planned, _ = unallocated_policy(config, None)
+    assert {p.device.type for p in planned.parameters()} == {"meta"}
+
+
+@given(episodes=st.integers(1, 4096), minibatch=st.integers(2, 4096), envs=st.integers(1, 512), gpu=st.booleans())
+def test_more_of_anything_never_takes_less(episodes: int, minibatch: int, envs: int, gpu: bool) -> None:
+    config = BASE
+    config = dataclasses.replace(
+        config,
+        episodes_per_iteration=episodes,
+        algo=dataclasses.replace(config.algo, minibatch_size=minibatch),
+        workers=dataclasses.replace(config.workers, envs_per_actor=envs),
+    )
+
+    def totals(changed: DoctorConfig) -> list[int]:
+        return [budget.total for budget in worst_phases(changed, SIZE, Machine(has_gpu=gpu))]
+
+    start = totals(config)
+    for more in (
+        dataclasses.replace(config, episodes_per_iteration=episodes + 7),
+        dataclasses.replace(config, algo=dataclasses.replace(config.algo, minibatch_size=minibatch + 7)),
+        dataclasses.replace(config, workers=dataclasses.replace(config.workers, envs_per_actor=envs + 1)),
+        dataclasses.replace(config, inference_batch=config.inference_batch + 1),
+    ):
+        assert all(after >= before for before, after in zip(start, totals(more), strict=True))
+
+
+BASE = doctor("policy=qwen_vla_toy", "suite=push_cube")
+SIZE = Footprint(
+    vlm_parameters=10**6,
+    expert_parameters=10**6,
+    vlm_bytes=4 * 10**6,
+    expert_bytes=4 * 10**6,
+    value_size=64,
+    tokens=64,
+    stored_context=70_000,
+    stored_inputs=20_000,
+    expert_activations=900_000,
+    vlm_activations=2_000_000,
+    expert_layer=300_000,
+    vlm_layer=500_000,
+)
+
+
+def test_a_budget_is_worked_by_hand() -> None:
+    config = dataclasses.replace(BASE, episodes_per_iteration=100, inference_batch=10)
+    gpu, host = worst_phases(config, SIZE, Machine(has_gpu=True, gpu_bytes=10**9))
+    # 100 episodes of 48 / 8 = 6 decisions of 70 kB: 42 MB. The critic has 65 parameters.
+    # Updating: 8 MB weights, 3 x 4 MB of gradients and moments, 3 x 42 MB of rollout, 256 x 0.9 MB of activations.
+    critic = 4 * 65
+    assert gpu.phase == "updating"
+    assert gpu.total == 8_000_000 + critic + 3 * (4_000_000 + critic) + 3 * 42_000_000 + 230_400_000 + 1000 * 2**20
+    assert gpu.excess == gpu.total - int(FULL * 10**9)
+    assert host.excess == 0
+    # Three checkpoints and the best: weights, the expert's two moments, the critic and its own; then the policy.
+    assert disk_bytes(config, SIZE) == 4 * (8_000_000 + 2 * (4_000_000 + critic) + critic) + 8_000_000
+
+
+def test_with_one_minibatch_of_a_handful_collecting_is_the_worst_phase() -> None:
+    config = dataclasses.replace(BASE, algo=dataclasses.replace(BASE.algo, minibatch_size=2))
+    (gpu, _) = worst_phases(config, SIZE, Machine(has_gpu=True))
+    assert gpu.phase == "collecting"
+    assert {item.what: item.bytes for item in gpu.items}["3 copies of the rollout"] == 3 * 256 * 6 * 70_000
+
+
+def plan(*overrides: str, gpu_gb: float | None = None, host_gb: float | None = None) -> Plan:
+    machine = Machine(
+        has_gpu=gpu_gb is not None,
+        gpu_bytes=None if gpu_gb is None else int(gpu_gb * 1e9),
+        host_bytes=None if host_gb is None else int(host_gb * 1e9),
+    )
+    return plan_run(doctor(*overrides), machine)
+
+
+def test_a_run_that_fits_has_nothing_to_change() -> None:
+    made = plan("policy=qwen_vla_toy", gpu_gb=80, host_gb=64)
+    assert made.fits
+    assert not made.options
+    assert made.cheapest is None
+
+
+@pytest.mark.parametrize(
+    ("overrides", "gpu_gb", "host_gb"),
+    [
+        (["policy=qwen_vla_toy", "episodes_per_iteration=4096"], 1.5, None),
+        (["policy=qwen_vla_toy", "episodes_per_iteration=4096"], None, 3.0),
+        (["policy=qwen_vla_4b", "suite.image_size=224", "algo.train_vlm=true"], 80.0, None),
+    ],
+)
+def test_the_cheapest_way_out_fits_when_it_is_taken(
+    overrides: list[str], gpu_gb: float | None, host_gb: float | None
+) -> None:
+    made = plan(*overrides, gpu_gb=gpu_gb, host_gb=host_gb)
+    assert not made.fits
+    assert made.cheapest is not None
+    kept = [o for o in overrides if o.partition("=")[0] not in {c.partition("=")[0] for c in made.cheapest.changes}]
+    taken = plan(*kept, *made.cheapest.changes, gpu_gb=gpu_gb, host_gb=host_gb)
+    assert taken.fits
+    place = made.budgets[0]
+    assert place.total - taken.budgets[0].total == made.cheapest.saves
+
+
+def test_ways_out_come_in_order_of_cost_and_freezing_comes_first() -> None:
+    made = plan("policy=qwen_vla_4b", "suite.image_size=224", "algo.train_vlm=true", gpu_gb=80)
+    keys = [option.changes[0].partition("=")[0] for option in made.options]
+    order = ["algo.train_vlm", "algo.minibatch_size", "episodes_per_iteration", "suite.image_size"]
+    assert keys == [key for key in order if key in keys]
+    assert keys[0] == "algo.train_vlm"
+
+
+def test_a_little_too_much_takes_the_mildest_change_that_does() -> None:
+    total = plan("policy=qwen_vla_toy", gpu_gb=80).budgets[0].total
+    made = plan("policy=qwen_vla_toy", gpu_gb=0.99 * total / FULL / 1e9)
+    # Half of 256; 8 would save more.
+    assert made.options[0].changes == ("algo.minibatch_size=128",)
+    assert made.cheapest == made.options[0]
+
+
+def test_where_nothing_helps_nothing_is_promised() -> None:
+    made = plan("policy=qwen_vla_4b", gpu_gb=10)
+    assert not made.fits
+    assert made.cheapest is None
+    assert not any(option.fits for option in made.options)
+
+
+def test_a_policy_of_a_folder_keeps_its_image_size(folder: Path) -> None:
+    made = plan(f"policy={folder}", gpu_gb=0.001)
+    assert "suite.image_size" not in {c.partition("=")[0] for option in made.options for c in option.changes}
+
+
+def test_environments_count_on_the_host_alone() -> None:
+    many = plan("policy=qwen_vla_toy", "workers.envs_per_actor=512", gpu_gb=80)
+    few = plan("policy=qwen_vla_toy", "workers.envs_per_actor=1", gpu_gb=80)
+    assert many.budgets[0].total == few.budgets[0].total
+    assert many.budgets[1].total > few.budgets[1].total
+
+
+def test_a_policy_that_does_not_exist_is_named_with_the_nearest() -> None:
+    with pytest.raises(ConfigError, match="neither a folder nor one of .*Did you mean 'qwen_vla_tiny'"):
+        plan("policy=qwen_vla_tinny")
+
+
+def test_a_policy_that_does_not_fit_the_suite_is_refused_as_in_training() -> None:
+    with pytest.raises(ValueError, match="suite.chunk_size is 16, policy.expert.horizon pads to 8"):
+        plan("policy=qwen_vla_tiny", "suite.chunk_size=16")
