@@ -1,6 +1,6 @@
 """The learner: epochs of minibatches of one loss, a trust region measured exactly, and checks that fail loudly."""
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -117,7 +117,7 @@ class Learner:
             return first
         return first + (last - first) * min(1.0, iteration / max(1, self.total_iterations - 1))
 
-    def update(self, rollout: TensorDict, iteration: int) -> dict[str, float]:
+    def update(self, rollout: TensorDict, iteration: int, *, consume: bool = False) -> dict[str, float]:
         """One PPO update on a rollout that has ``advantage`` and ``value_target``.
 
         Decisions of older weights (``version`` below ``iteration``) are learnt from by the decoupled objective
@@ -125,6 +125,8 @@ class Learner:
 
         Args:
             rollout: this rank's episodes; those of rank 0 come first among all.
+            consume: take the contexts, or what they are made from, out of the rollout: a large model has no room for
+                them twice.
 
         Raises:
             InvariantError: the learner does not score the rollout's own actions as the rollout did, on any rank. Of
@@ -132,6 +134,8 @@ class Learner:
         """
         group = self.group
         data = rollout[rollout["valid"]]
+        for key in {"context", "batch"} & set(rollout.keys()) if consume else ():
+            del rollout[key]
         self._set_learning_rate(iteration)
         version = data.get("version")
         if version is not None and bool((version < iteration).any()):
@@ -182,8 +186,8 @@ class Learner:
         sums: dict[str, float] = {}
         num_batches = 0
         for epoch in range(config.epochs):
-            epoch_kl, batches = 0.0, self._minibatches(data, iteration, epoch)
-            for part in batches:
+            epoch_kl, before = 0.0, num_batches
+            for part in self._minibatches(data, iteration, epoch):
                 batch = part.data
                 new = self.forward(batch)
                 loss = ppo_loss(
@@ -229,7 +233,7 @@ class Learner:
                     ("optim/grad_norm", norm),
                 ):
                     sums[name] = sums.get(name, 0.0) + number
-            if epoch_kl / len(batches) > config.kl_stop_factor * self.target_kl(iteration):
+            if epoch_kl / (num_batches - before) > config.kl_stop_factor * self.target_kl(iteration):
                 break
         return {
             **{name: total / num_batches for name, total in sums.items()},
@@ -290,21 +294,20 @@ class Learner:
         entries = count_entries(part.data["mask"], self.config.reduction.value)
         return Totals(self.group.total(entries)[0], part.rows)
 
-    def _minibatches(self, data: TensorDict, iteration: int, epoch: int) -> list[Minibatch]:
+    def _minibatches(self, data: TensorDict, iteration: int, epoch: int) -> Iterator[Minibatch]:
         """A keyed permutation of all ranks' decisions in equal parts, and of each this rank's rows.
 
-        Equal parts, because a small last minibatch would be a noisy step of full size.
+        Equal parts, because a small last minibatch would be a noisy step of full size. Cut one at a time: together they
+        are a copy of all contexts.
         """
         counts = [int(count) for count in self.group.gather(len(data))]
         first = sum(counts[: self.group.rank])
         order = keyed_rng(self.seed, Stream.MINIBATCH, iteration, epoch).permutation(sum(counts))
         parts = np.array_split(order, max(1, round(len(order) / self.config.minibatch_size)))
-        minibatches = []
         for part in parts:
             mine = part[(part >= first) & (part < first + len(data))] - first
             rows = data[torch.from_numpy(mine).to(data.device)] if len(mine) else _nothing(data)
-            minibatches.append(Minibatch(rows, len(part), float(len(mine) > 0)))
-        return minibatches
+            yield Minibatch(rows, len(part), float(len(mine) > 0))
 
     @torch.no_grad()
     def _check_before(self, data: TensorDict) -> None:

@@ -22,10 +22,9 @@ from rlvla_envs.suites import memory_estimate_mb
 
 GB, MB = 1e9, 2**20
 
-ROLLOUT_COPIES_COLLECTING = 4
-"""The last iteration's rollout, the pieces of this one, their concatenation, and the rollout made of it."""
-ROLLOUT_COPIES_UPDATING = 3
-"""The rollout, its valid decisions, and these as minibatches; one more while the next epoch's are cut."""
+ROLLOUT_COPIES = 2
+"""While it is put together: its pieces and itself. While the valid decisions are cut out: itself and these, which are
+what is left of it during the epochs."""
 FULL = 0.95
 """A place is too small when the plan takes more of it than this: an allocator needs room to move."""
 
@@ -290,15 +289,13 @@ def learner_phases(config: DoctorConfig, size: Footprint, *, on_gpu: bool) -> It
         Item(f"rollout: {max_decisions(config):,} decisions at most", rollout),
     ]
 
-    def copies(number: int) -> Item:
-        return Item(f"{number} copies of the rollout", number * rollout)
-
+    another = Item("another copy of the rollout", (ROLLOUT_COPIES - 1) * rollout)
     forward = config.inference_batch * max(size.vlm_layer, size.expert_layer)
     yield (
         "collecting",
         [
             *always,
-            copies(ROLLOUT_COPIES_COLLECTING - 1),
+            another,
             Item(f"the policy on {config.inference_batch} rows (estimate)", forward),
         ],
     )
@@ -306,12 +303,12 @@ def learner_phases(config: DoctorConfig, size: Footprint, *, on_gpu: bool) -> It
     step = trained if on_gpu else 0
     activations = activation_bytes(config, size)
     if max(activations, step) < rollout:
-        yield "updating", [*always, copies(ROLLOUT_COPIES_UPDATING)]
+        yield "updating", [*always, another]
     elif activations >= step:
         what = f"activations of a minibatch of {config.algo.minibatch_size} (estimate)"
-        yield "updating", [*always, copies(ROLLOUT_COPIES_UPDATING - 1), Item(what, activations)]
+        yield "updating", [*always, Item(what, activations)]
     else:
-        yield "updating", [*always, copies(ROLLOUT_COPIES_UPDATING - 1), Item("Adam's step", step)]
+        yield "updating", [*always, Item("Adam's step", step)]
 
 
 def worst_phases(

@@ -7,7 +7,6 @@ which slot plays an episode, and beside which others, changes nothing.
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import cast
 
 import numpy as np
 import torch
@@ -278,16 +277,21 @@ def collect(
 
 def _arrange(pieces: list[TensorDict], rows: np.ndarray, num_episodes: int, max_decisions: int) -> TensorDict:
     """Rounds of decisions, put where their episode and decision index say."""
-    flat = cast(TensorDict, torch.cat(_one_length(pieces)))
-    episode, decision = torch.from_numpy(rows).to(flat.device).T
+    first = _one_length(pieces)[0]
+    episode, decision = torch.from_numpy(rows).to(first.device).T
     # The longest episode played, not the longest possible: less to store.
     length = min(max_decisions, int(decision.max()) + 1)
-    rollout = TensorDict({}, batch_size=[num_episodes, length], device=flat.device)
-    flat["valid"] = torch.ones(len(flat), dtype=torch.bool, device=flat.device)
-    for name, tensor in flat.items(include_nested=True, leaves_only=True):
-        full = tensor.new_zeros((num_episodes, length, *tensor.shape[1:]))
-        full[episode, decision] = tensor
-        rollout[name] = full
+    rollout = TensorDict({}, batch_size=[num_episodes, length], device=first.device)
+    for name, tensor in first.items(include_nested=True, leaves_only=True):
+        rollout[name] = tensor.new_zeros((num_episodes, length, *tensor.shape[1:]))
+    rollout["valid"] = torch.zeros((num_episodes, length), dtype=torch.bool, device=first.device)
+    rollout["valid"][episode, decision] = True
+    # Piece by piece: together they would be the contexts once more, which are most of a large model's memory.
+    starts = np.cumsum([0, *(len(piece) for piece in pieces)])
+    for start, piece in zip(starts, pieces, strict=False):
+        where = slice(int(start), int(start) + len(piece))
+        for name, tensor in piece.items(include_nested=True, leaves_only=True):
+            rollout[name][episode[where], decision[where]] = tensor
     return rollout
 
 

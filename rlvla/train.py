@@ -154,7 +154,7 @@ def lead(config: TrainConfig, group: Group, losses: Sequence[str] = ()) -> dict[
 
                 stale = drop_stale(rollout, iteration, config.max_staleness)
                 add_advantages(rollout, config.algo, group)
-                updated = learner.update(rollout, iteration)
+                updated = learner.update(rollout, iteration, consume=True)
                 rollout = of_all_ranks(rollout, group)
                 incidents = incidents_of_all_ranks(envs, group)
 
@@ -176,6 +176,8 @@ def lead(config: TrainConfig, group: Group, losses: Sequence[str] = ()) -> dict[
                     # The rollout and the last evaluation had the same weights: the samplers alone differ.
                     evaluation = Evaluation.read(record.folder / "evaluations" / f"{state.unseen_evaluation}.json")
                     row["rollout/sde_gap"] = sde_gap(row, evaluation)
+                # Or the next one would be collected beside it.
+                del rollout
                 seconds = row["time/rollout_s"] + row["time/update_s"] * (config.schedule is Schedule["async"])
                 row["speed/env_steps_per_s"] = row["rollout/env_steps"] / seconds
                 record.log(row)
@@ -245,9 +247,10 @@ def follow(config: TrainConfig, group: Group) -> None:
                 case ["iterate", int(iteration), states]:
                     rollout = collector.take(iteration, lambda _, states=states: states)  # type: ignore[misc]
                     add_advantages(rollout, config.algo, group)
-                    side.learner.update(rollout, iteration)
+                    side.learner.update(rollout, iteration, consume=True)
                     of_all_ranks(rollout, group)
                     incidents_of_all_ranks(envs, group)
+                    del rollout
                 case ["save"]:
                     side.learner.state_dict()
                 case ["load", str(folder)]:

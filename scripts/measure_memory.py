@@ -46,6 +46,14 @@ def descendants(root: int) -> list[int]:
     return found
 
 
+def name_of(pid: int) -> str:
+    """What a process calls itself; empty where there is none."""
+    try:
+        return Path(f"/proc/{pid}/cmdline").read_text().partition("\0")[0]
+    except OSError:
+        return ""
+
+
 def pss_kb(pid: int) -> int:
     try:
         text = Path(f"/proc/{pid}/smaps_rollup").read_text()

@@ -220,10 +220,10 @@ def test_a_budget_is_worked_by_hand() -> None:
     config = dataclasses.replace(BASE, episodes_per_iteration=100, inference_batch=10)
     gpu, host = worst_phases(config, SIZE, Machine(has_gpu=True, gpu_bytes=10**9))
     # 100 episodes of 48 / 8 = 6 decisions of 70 kB: 42 MB. The critic has 65 parameters.
-    # Updating: 8 MB weights, 3 x 4 MB of gradients and moments, 3 x 42 MB of rollout, 256 x 0.9 MB of activations.
+    # Updating: 8 MB weights, 3 x 4 MB of gradients and moments, 42 MB of rollout, 256 x 0.9 MB of activations.
     critic = 4 * 65
     assert gpu.phase == "updating"
-    assert gpu.total == 8_000_000 + critic + 3 * (4_000_000 + critic) + 3 * 42_000_000 + 230_400_000 + 1000 * 2**20
+    assert gpu.total == 8_000_000 + critic + 3 * (4_000_000 + critic) + 42_000_000 + 230_400_000 + 1000 * 2**20
     assert gpu.excess == gpu.total - int(FULL * 10**9)
     assert host.excess == 0
     # Three checkpoints and the best: weights, the expert's two moments, the critic and its own; then the policy.
@@ -234,7 +234,7 @@ def test_with_one_minibatch_of_a_handful_collecting_is_the_worst_phase() -> None
     config = dataclasses.replace(BASE, algo=dataclasses.replace(BASE.algo, minibatch_size=2))
     (gpu, _) = worst_phases(config, SIZE, Machine(has_gpu=True))
     assert gpu.phase == "collecting"
-    assert {item.what: item.bytes for item in gpu.items}["3 copies of the rollout"] == 3 * 256 * 6 * 70_000
+    assert {item.what: item.bytes for item in gpu.items}["another copy of the rollout"] == 256 * 6 * 70_000
 
 
 def plan(*overrides: str, gpu_gb: float | None = None, host_gb: float | None = None) -> Plan:
