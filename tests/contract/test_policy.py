@@ -614,3 +614,36 @@ def test_the_action_conventions_travel_with_the_policy(
     hand = ActionComponent(name="hand", size=1, convention="1 open", low=-1.0, high=1.0)
     save_policy(make_policy("qwen_vla_tiny", replace(spec, action=(arm, hand))), tmp_path / "policy")
     assert load_policy(tmp_path / "policy").env_spec.action == (arm, hand)
+
+
+def test_whatever_is_done_to_a_policy_folder_it_loads_or_says_what_is_wrong(folder: Path, tmp_path: Path) -> None:
+    chance = np.random.default_rng(0)
+    loaded, refused = 0, []
+    for number in range(150):
+        copy = tmp_path / str(number)
+        shutil.copytree(folder, copy)
+        file = chance.choice(sorted(path for path in copy.iterdir() if path.is_file()))
+        content = bytearray(file.read_bytes())
+        at = int(chance.integers(len(content)))
+        match number % 5:
+            case 0:
+                del content[at:]
+            case 1:
+                content[at] ^= int(chance.integers(1, 256))
+            case 2:
+                # The first kilobyte holds what is parsed first.
+                content[at % 1024] = int(chance.integers(256))
+            case 3:
+                content[at : at + 8] = chance.integers(256, size=8, dtype=np.uint8).tobytes()
+            case _:
+                content = bytearray(content.replace(b"1", b"-7", 1).replace(b'"', b"", int(chance.integers(2))))
+        file.write_bytes(content)
+        try:
+            load_policy(copy)
+            loaded += 1
+        except (ValueError, RuntimeError, OSError) as error:
+            refused.append(str(error))
+        shutil.rmtree(copy)
+    assert loaded > 20
+    assert len(refused) > 20
+    assert all(message.strip() for message in refused)
