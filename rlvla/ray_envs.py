@@ -198,6 +198,8 @@ class RayEnvs:
         parts.first += made.first
         parts.result += made.result
         parts.lost.update(lost)
+        for slot in lost:
+            self._played.pop(slot, None)
         self._incidents.append(
             Incident(
                 worker=share.worker,
@@ -292,8 +294,9 @@ class RayEnvs:
         def ask(worker: int) -> _Call:
             return self._call(worker, "film", slot % self._per_actor, work=1, doing="filming")
 
+        running = slot in self._played
         frame: np.ndarray | None = self._persist(worker, ask(worker), ask)
-        return frame
+        return frame if not running or slot in self._played else None
 
     def _persist(self, worker: int, call: _Call, again: Callable[..., _Call], *arguments: int) -> Any:
         """The answer of a call that changes nothing which its simulator's replacement would not have."""
@@ -368,7 +371,8 @@ class RayEnvs:
         exceptions = self._ray.exceptions
         left = call.deadline_s - (time.monotonic() - call.started)
         try:
-            answer = self._ray.get(call.reply, timeout=max(0.0, left))
+            # The answer may have come while the policy was thinking, and still be on its way from another machine.
+            answer = self._ray.get(call.reply, timeout=max(1.0, left))
         except exceptions.RayTaskError as error:
             cause = error.cause if isinstance(error.cause, Exception) else error
             raise cause from None
