@@ -33,10 +33,23 @@ def connect(config: ClusterConfig, num_actors: int) -> Any:
         os.environ["RAY_AUTH_TOKEN_PATH"] = str(_private(Path(config.token_file)))
     else:
         os.environ.setdefault("RAY_AUTH_TOKEN_PATH", str(own_token()))
+    running = sys.modules.get("ray")
+    if running is not None and running.is_initialized():
+        return cast(Any, running)
+    if config.address is not None:
+        # Before Ray is imported, which reads its way of authentication once.
+        _require_listener(config.address)
+        if answers_without_token(config.address):
+            if not config.allow_unauthenticated:
+                raise ConfigError(
+                    f"the Ray cluster at {config.address} lets in whoever asks, and whoever is in can run code on all "
+                    "its machines. Start its nodes with RAY_AUTH_MODE=token and the token of cluster.token_file, or "
+                    "accept the risk with cluster.allow_unauthenticated=true."
+                )
+            # What is started by a token's holder does not run where there are no tokens.
+            os.environ["RAY_AUTH_MODE"] = "disabled"
     import ray
 
-    if ray.is_initialized():
-        return cast(Any, ray)
     quiet: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.ERROR}
     if config.address is None:
         ray.init(
@@ -48,16 +61,6 @@ def connect(config: ClusterConfig, num_actors: int) -> Any:
             **quiet,
         )
         return cast(Any, ray)
-    _require_listener(config.address)
-    if answers_without_token(config.address):
-        if not config.allow_unauthenticated:
-            raise ConfigError(
-                f"the Ray cluster at {config.address} lets in whoever asks, and whoever is in can run code on all its "
-                "machines. Start its nodes with RAY_AUTH_MODE=token and the token of cluster.token_file, or accept the "
-                "risk with cluster.allow_unauthenticated=true."
-            )
-        # What is started by a token's holder does not run where there are no tokens.
-        os.environ["RAY_AUTH_MODE"] = "disabled"
     try:
         ray.init(address=config.address, **quiet)
     except (ConnectionError, RuntimeError) as error:
