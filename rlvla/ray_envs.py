@@ -22,6 +22,8 @@ from rlvla.recovery import Deadlines, HostGoneError, Incident, Played, Restarts
 from rlvla.workers import Finish, Reply, Round
 from rlvla_envs.base import ChunkResult, Demonstration, EnvSpec, Observation, SuiteConfig
 
+START_ATTEMPTS = 3
+
 
 @dataclass(frozen=True)
 class _Share:
@@ -79,11 +81,10 @@ class RayEnvs:
         self._actors: list[Any] = []
         try:
             self._check_room(num_actors)
-            self._actors = [self._create() for _ in range(num_actors)]
-            specs = self._start(range(num_actors))
+            specs = self._start_all(num_actors)
         except HostGoneError as why:
             self.close()
-            raise RuntimeError(f"a simulator actor ({self._label}) {why}") from None
+            raise RuntimeError(f"a simulator actor ({self._label}) {why}, {START_ATTEMPTS} times in a row.") from None
         except BaseException:
             self.close()
             raise
@@ -337,6 +338,20 @@ class RayEnvs:
                 f"{num_actors} simulator actors need a CPU each and the cluster has {there:g}. Set "
                 f"workers.num_actors={int(there)} or add nodes (ray start --address=...)."
             )
+
+    def _start_all(self, num_actors: int) -> list[dict[str, Any]]:
+        """One that dies while starting may have been killed by anybody; one that always does has a reason."""
+        for attempt in range(START_ATTEMPTS):
+            self._actors = [self._create() for _ in range(num_actors)]
+            try:
+                return self._start(range(num_actors))
+            except HostGoneError as why:
+                if attempt + 1 == START_ATTEMPTS:
+                    raise
+                self._restarts.count(str(why))
+                for actor in self._actors:
+                    self._ray.kill(actor)
+        raise AssertionError("unreachable")
 
     def _start(self, workers: Sequence[int]) -> list[dict[str, Any]]:
         """Build the simulators of some actors side by side; what each announces."""

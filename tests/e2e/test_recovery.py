@@ -253,6 +253,33 @@ def test_where_episodes_cannot_be_replayed_they_are_lost_and_the_rest_goes_on(to
     assert ended == [0, 1, 4, 5, 6, 7]
 
 
+def test_one_that_is_killed_while_it_starts_is_started_again_and_one_that_always_dies_is_not(
+    toy: SuiteConfig, tmp_path: Path
+) -> None:
+    def starting(deaths: int) -> type[RayEnvs]:
+        class FragileStart(SimulatorHost):
+            def spec(self) -> Any:
+                marker = tmp_path / f"{deaths}-{len(list(tmp_path.glob(f'{deaths}-*')))}"
+                if len(list(tmp_path.glob(f"{deaths}-*"))) < deaths:
+                    marker.touch()
+                    os.kill(os.getpid(), signal.SIGKILL)
+                return super().spec()
+
+        class FragileEnvs(RayEnvs):
+            host_class = FragileStart
+
+        return FragileEnvs
+
+    workers = dataclasses.replace(WORKERS, num_actors=1)
+    envs = starting(2)(toy, workers, ClusterConfig(), 1)
+    try:
+        assert lost_and_ended(envs, [100, 101]) == ({}, [0, 1])
+    finally:
+        envs.close()
+    with pytest.raises(RuntimeError, match="died while starting: .*, 3 times in a row"):
+        starting(3)(toy, workers, ClusterConfig(), 1)
+
+
 def test_a_simulators_own_error_is_no_death(toy: SuiteConfig) -> None:
     def fault(state: int, decision: int) -> None:
         raise ValueError("the table has three legs")
