@@ -57,10 +57,13 @@ def policy_config_from_dict(data: dict[str, Any]) -> Any:
     """
     from omegaconf import OmegaConf
 
-    from rlvla.policies.qwen_vla import QwenVLAConfig
+    from rlvla.policies.architectures import architecture
 
+    if not isinstance(data, dict) or "name" not in data:
+        raise ConfigError("there is no policy.name, which says what architecture this is.")
+    schema = architecture(data["name"]).config
     with _config_errors():
-        return OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(QwenVLAConfig), data))
+        return OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(schema), data))
 
 
 def describe(verb: str, overrides: Sequence[str] = ()) -> list[tuple[str, str, str]]:
@@ -158,22 +161,21 @@ def _config_errors() -> Iterator[None]:
 def _register_schemas() -> None:
     from hydra.core.config_store import ConfigStore
 
-    from rlvla.policies.qwen_vla import QwenVLAConfig
+    from rlvla.policies.architectures import ARCHITECTURES, architecture
 
     store = ConfigStore.instance()
     for verb, schema in SCHEMAS.items():
         store.store(name=f"{verb}_schema", node=schema)
     store.store(group="suite", name="base_suite", node=SuiteConfig)
-    store.store(group="policy", name="base_qwen_vla", node=QwenVLAConfig)
+    for name in ARCHITECTURES:
+        store.store(group="policy", name=f"base_{name}", node=architecture(name).config)
 
 
 def _check_keys(verb: str, overrides: Sequence[str]) -> None:
     """Refuse what Hydra would accept and ignore (`+new=1`), and suggest the nearest key for what it refuses."""
     known = {key for key, _, _ in describe_schema(SCHEMAS[verb], "")}
     if verb == "sft":
-        from rlvla.policies.qwen_vla import QwenVLAConfig
-
-        known |= {key for key, _, _ in describe_schema(QwenVLAConfig, "policy.")}
+        known |= {key for key, _, _ in describe_schema(_policy_schema(overrides), "policy.")}
     known |= {"suite", "policy"} if verb == "sft" else {"suite"}
     choices = group_choices(verb)
     for override in overrides:
@@ -188,6 +190,21 @@ def _check_keys(verb: str, overrides: Sequence[str]) -> None:
         if key in known or any(key.startswith(open_) and open_.rstrip(".") in known for open_ in OPEN_KEYS):
             continue
         raise ConfigError(f"{key!r} is not an option of `rlvla {verb}`.{_suggest(key, known)}")
+
+
+def _policy_schema(overrides: Sequence[str]) -> type:
+    """The dataclass that ``policy=NAME`` chooses, or the verb's own choice: its file names it among its defaults."""
+    from omegaconf import OmegaConf
+
+    from rlvla.policies.architectures import ARCHITECTURES, architecture
+
+    chosen = [o.removeprefix("policy=") for o in overrides if o.startswith("policy=")]
+    defaults: Any = OmegaConf.load(config_dir() / "sft.yaml").defaults
+    chosen = [entry["policy"] for entry in defaults if not isinstance(entry, str) and "policy" in entry] + chosen
+    path = config_dir() / "policy" / f"{chosen[-1]}.yaml"
+    bases: list[Any] = list(OmegaConf.load(path).defaults) if path.is_file() else []
+    names = [name for name in ARCHITECTURES if f"base_{name}" in bases]
+    return architecture(names[0] if names else next(iter(ARCHITECTURES))).config
 
 
 def _suggest(key: str, known: set[str]) -> str:

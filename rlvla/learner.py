@@ -12,7 +12,7 @@ from torch.distributed.tensor import DTensor
 
 from rlvla.config import AlgoConfig, LearnerStrategy, LRSchedule
 from rlvla.parallel import context_of, hold
-from rlvla.policies.base import FlowPolicy, ValueHead
+from rlvla.policies.base import FlowPolicy, ValueHead, trained_groups
 from rlvla.ranks import ALONE, Group, naming_the_lost
 from rlvla.seeding import Stream, keyed_rng
 from rlvla_algos.flow import GaussianStep, Schedule, check_flow_sde, gaussian_kl
@@ -70,7 +70,7 @@ class Learner:
         self.group = group
         check_flow_sde(schedule, policy.num_denoising_steps)
         groups = policy.parameter_groups()
-        trained = ["expert", "vlm"] if config.train_vlm else ["expert"]
+        trained = trained_groups(policy, config.train_vlm)
         for name, parameters in groups.items():
             for parameter in parameters:
                 parameter.requires_grad_(name in trained)
@@ -78,7 +78,7 @@ class Learner:
         # The value head is small and sees no gradient of the policy: every rank has all of it.
         group.equalize(value_head.parameters())
         groups = self._held.parameter_groups()
-        rates = {"expert": config.policy_lr, "vlm": config.vlm_lr}
+        rates = {name: config.vlm_lr if name == "vlm" else config.policy_lr for name in trained}
         self._policy_parameters = [p for name in trained for p in groups[name]]
         self._policy_optimizer = torch.optim.Adam(
             [{"params": groups[name], "lr": rates[name], "initial_lr": rates[name]} for name in trained],

@@ -12,8 +12,8 @@ from tensordict import TensorDict
 
 from rlvla.acting import Actor
 from rlvla.config import Schedule, TrainConfig
-from rlvla.policies.base import ValueHead
-from rlvla.policies.qwen_vla import QwenVLA
+from rlvla.policies.base import ValueHead, context_is_fixed
+from rlvla.policies.policy import Policy
 from rlvla.ranks import Group, share
 from rlvla.rollout import collect
 from rlvla.workers import Envs
@@ -28,7 +28,7 @@ class Collector:
 
     config: TrainConfig
     group: Group
-    policy: QwenVLA
+    policy: Policy
     value_head: ValueHead
     envs: Envs
     schedule: FlowSchedule
@@ -67,7 +67,7 @@ class Collector:
                 states[first : first + count],
                 schedule=self.schedule,
                 key=(config.seed, iteration),
-                store_context=not config.algo.train_vlm,
+                store_context=context_is_fixed(actor.policy, config.algo.train_vlm),
                 value_final=config.algo.bootstrap_time_limit,
                 first_episode=first,
                 num_groups=2 if config.schedule is Schedule.pingpong else 1,
@@ -157,7 +157,7 @@ class OneStepOff(Collector):
 def make_collector(
     config: TrainConfig,
     group: Group,
-    policy: QwenVLA,
+    policy: Policy,
     value_head: ValueHead,
     envs: Envs,
     schedule: FlowSchedule,

@@ -13,9 +13,12 @@ from rlvla.config import FlowTime, SFTConfig
 from rlvla.dataset import Demonstrations, action_chunks
 from rlvla.dataset_reader import load_dataset
 from rlvla.policies.action_stats import ActionStats
+from rlvla.policies.architectures import architecture
+from rlvla.policies.base import context_is_fixed, trained_groups
 from rlvla.policies.folder import save_policy
+from rlvla.policies.policy import Policy
 from rlvla.policies.processor import load_tokenizer, train_tokenizer
-from rlvla.policies.qwen_vla import QwenVLA, prompts_for_tokenizer
+from rlvla.policies.prompted import prompts_for_tokenizer
 from rlvla.run import Run, pick_device
 from rlvla.seeding import Stream, keyed_rng, normal, seed_torch
 from rlvla_algos.flow_matching import flow_matching_loss, interpolate
@@ -51,7 +54,7 @@ def run(config: SFTConfig) -> dict[str, Any]:
 
 
 def fit(
-    policy: QwenVLA, demonstrations: Demonstrations, config: SFTConfig, record: Run, device: str
+    policy: Policy, demonstrations: Demonstrations, config: SFTConfig, record: Run, device: str
 ) -> dict[str, torch.Tensor] | None:
     """AdamW with warm-up and cosine decay on the two-level averaged velocity error.
 
@@ -66,7 +69,7 @@ def fit(
 
     weight = frame_weights(demonstrations, config)
     groups = policy.parameter_groups()
-    trained = [p for name, group in groups.items() if config.train_vlm or name != "vlm" for p in group]
+    trained = [p for name in trained_groups(policy, config.train_vlm) for p in groups[name]]
     policy.requires_grad_(False)
     for parameter in trained:
         parameter.requires_grad_(True)
@@ -87,7 +90,7 @@ def fit(
 
         for group in optimizer.param_groups:
             group["lr"] = config.lr * learning_rate_factor(step, config.steps, config.warmup_steps)
-        with torch.set_grad_enabled(config.train_vlm):
+        with torch.set_grad_enabled(not context_is_fixed(policy, config.train_vlm)):
             context = policy.encode(batch).repeat(config.noise_draws)
         velocity = policy.velocity(context, interpolate(action, noise, tau), tau)
         loss = flow_matching_loss(velocity, action, noise, valid)
@@ -111,7 +114,7 @@ def fit(
     return average
 
 
-def build_policy(config: SFTConfig, env_spec: EnvSpec, demonstrations: Demonstrations) -> QwenVLA:
+def build_policy(config: SFTConfig, env_spec: EnvSpec, demonstrations: Demonstrations) -> Policy:
     """A fresh policy with the dataset's statistics and a tokenizer that knows its prompts."""
     if config.tokenizer is None:
         prompts = prompts_for_tokenizer(env_spec, demonstrations.tasks)
@@ -119,8 +122,8 @@ def build_policy(config: SFTConfig, env_spec: EnvSpec, demonstrations: Demonstra
     else:
         tokenizer = load_tokenizer(Path(config.tokenizer))
     stats = ActionStats.of(demonstrations.action, demonstrations.state if env_spec.state_size else None)
-    policy = QwenVLA(config.policy, env_spec, stats, tokenizer)
-    policy.initialize_vision()
+    policy = architecture(config.policy.name).policy(config.policy, env_spec, stats, tokenizer)
+    policy.initialize()
     return policy
 
 

@@ -18,7 +18,7 @@ from rlvla.mixing import check_weights, task_weights, training_states
 from rlvla.pipeline import Collector, drop_stale, make_collector
 from rlvla.policies.base import ValueHead
 from rlvla.policies.folder import load_policy, load_weights, save_policy
-from rlvla.policies.qwen_vla import QwenVLA
+from rlvla.policies.policy import Policy
 from rlvla.ranks import ALONE, Group, share
 from rlvla.recovery import Incident
 from rlvla.report import write_report
@@ -43,7 +43,7 @@ class Side:
 
     config: TrainConfig
     group: Group
-    policy: QwenVLA
+    policy: Policy
     value_head: ValueHead
     schedule: FlowSchedule
     learner: Learner

@@ -20,7 +20,7 @@ import yaml
 
 from rlvla.cli import VERBS
 from rlvla.compose import SCHEMAS, config_dir, describe_schema, group_choices
-from rlvla.policies.qwen_vla import QwenVLAConfig
+from rlvla.policies.architectures import ARCHITECTURES, architecture
 
 PAGE = Path(__file__).resolve().parent.parent / "docs" / "reference" / "config.md"
 
@@ -76,9 +76,12 @@ def render() -> str:
         parts.append(f"## {block}\n\n{_first_line(nested)} Used by {users}.\n\n{_table(schema, rows)}")
     parts.append(
         "## policy\n\nThe architecture that `rlvla sft` builds; the other verbs read it from the policy's folder. "
-        "The names under `policy.vlm` are those of the Qwen3.5 configuration in transformers.\n\n"
-        + _table(QwenVLAConfig, describe_schema(QwenVLAConfig, "policy."), prefix="policy.")
+        "The names under `policy.vlm` are those of the model's configuration in transformers.\n"
     )
+    for name in ARCHITECTURES:
+        schema = architecture(name).config
+        table = _table(schema, describe_schema(schema, "policy."), prefix="policy.")
+        parts.append(f"### policy.name={name}\n\n{_first_line(schema)}\n\n{table}")
     parts.append(_yaml_files())
     return "\n".join(parts)
 

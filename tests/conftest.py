@@ -12,7 +12,7 @@ import pytest
 from hypothesis import settings
 
 if TYPE_CHECKING:
-    from rlvla.policies.qwen_vla import QwenVLA
+    from rlvla.policies.policy import Policy
     from rlvla_envs.base import EnvSpec, VecEnv
 
 # Mesa reads this when the first Vulkan device is created.
@@ -92,7 +92,7 @@ def make_toy() -> Callable[..., "VecEnv"]:
 
 
 @pytest.fixture(scope="session")
-def make_policy() -> Callable[..., "QwenVLA"]:
+def make_policy() -> Callable[..., "Policy"]:
     """Untrained policies of configs/policy: ``make_policy("qwen_vla_tiny", spec, "policy.expert.channels=2")``.
 
     Everything that starts at zero (the last layer, the AdaLN modulations, biases) is drawn instead: a policy
@@ -102,12 +102,13 @@ def make_policy() -> Callable[..., "QwenVLA"]:
 
     from rlvla.compose import compose
     from rlvla.policies.action_stats import ActionStats
+    from rlvla.policies.architectures import architecture
     from rlvla.policies.processor import train_tokenizer
-    from rlvla.policies.qwen_vla import QwenVLA, prompts_for_tokenizer
+    from rlvla.policies.prompted import prompts_for_tokenizer
 
     tokenizers: dict[int, Any] = {}
 
-    def make(name: str, spec: "EnvSpec", *overrides: str, constant_channel: int | None = None) -> "QwenVLA":
+    def make(name: str, spec: "EnvSpec", *overrides: str, constant_channel: int | None = None) -> "Policy":
         config = compose("sft", ["dataset=none", "suite=toy", f"policy={name}", *overrides]).policy
         rng = np.random.default_rng(0)
         action = rng.uniform(-1, 1, (200, spec.action_size)).astype(np.float32)
@@ -119,8 +120,8 @@ def make_policy() -> Callable[..., "QwenVLA"]:
             instructions = ["fly through the gap and reach the green goal"]
             tokenizers[size] = train_tokenizer(prompts_for_tokenizer(spec, instructions), size)
         torch.manual_seed(0)
-        policy = QwenVLA(config, spec, ActionStats.of(action, state), tokenizers[size])
-        policy.initialize_vision()
+        policy = architecture(config.name).policy(config, spec, ActionStats.of(action, state), tokenizers[size])
+        policy.initialize()
         with torch.no_grad():
             for parameter in policy.parameters():
                 if not parameter.any():

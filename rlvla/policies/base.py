@@ -4,9 +4,9 @@ Axes: B rows, S context tokens, D hidden size, H actions in a chunk, K action ch
 channels of the suite, V value features.
 """
 
-from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import NamedTuple, Protocol
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 import torch
@@ -31,30 +31,42 @@ class Context:
     """Mean over valid tokens, detached."""
     state: Float[Tensor, "B P"]
     """Normalised proprioceptive state; P may be 0."""
+    per_token: Mapping[str, Tensor] = field(default_factory=dict)
+    """What else an architecture keeps of each token, such as keys and values: [B, S, ...]."""
+    per_row: Mapping[str, Tensor] = field(default_factory=dict)
+    """What else it keeps of each row: [B, ...]."""
 
     def __len__(self) -> int:
         return len(self.tokens)
 
     def repeat(self, times: int) -> "Context":
         """Every row ``times`` times, as a block: rows 0..B-1, then 0..B-1 again."""
-        return Context(*(torch.cat([t] * times) for t in self._fields()))
+        return Context.from_tensordict(torch.cat([self.to_tensordict()] * times))
 
     def to_tensordict(self) -> TensorDict:
-        return TensorDict(dict(zip(CONTEXT_KEYS, self._fields(), strict=True)), batch_size=[len(self)])
+        named: dict[str, Any] = {key: getattr(self, key) for key in CONTEXT_KEYS}
+        for key in EXTRA_KEYS:
+            if getattr(self, key):
+                named[key] = dict(getattr(self, key))
+        return TensorDict(named, batch_size=[len(self)])
 
     @staticmethod
     def from_tensordict(data: TensorDict) -> "Context":
-        return Context(*(data[key] for key in CONTEXT_KEYS))
-
-    def _fields(self) -> tuple[Tensor, ...]:
-        return self.tokens, self.mask, self.position_ids, self.pooled, self.state
+        extra: dict[str, Any] = {key: dict(data[key].items()) for key in EXTRA_KEYS if key in data}
+        return Context(*(data[key] for key in CONTEXT_KEYS), **extra)
 
 
 CONTEXT_KEYS = ("tokens", "mask", "position_ids", "pooled", "state")
+EXTRA_KEYS = ("per_token", "per_row")
+TOKEN_AXIS = {"mask": 1, "input_ids": 1, "token_type": 1, "position_ids": 2, "tokens": 1}
+"""Where the tokens are in what a context or a batch holds by these names."""
 
 
 def pad_tokens(data: Sequence[TensorDict]) -> list[TensorDict]:
-    """Contexts, or the batches they are made of, padded along their tokens to the longest, mask False."""
+    """Contexts, or the batches they are made of, padded along their tokens to the longest, mask False.
+
+    What a policy adds to them under ``per_token`` is padded as well.
+    """
     longest = max(part["mask"].shape[1] for part in data)
     return [_pad_tokens(part, longest - part["mask"].shape[1]) for part in data]
 
@@ -63,15 +75,11 @@ def _pad_tokens(data: TensorDict, extra: int) -> TensorDict:
     if extra == 0:
         return data
     padded = data.copy()
-    for name, width in (
-        ("mask", (0, extra)),
-        ("input_ids", (0, extra)),
-        ("token_type", (0, extra)),
-        ("position_ids", (0, extra)),
-        ("tokens", (0, 0, 0, extra)),
-    ):
-        if name in padded:
-            padded[name] = F.pad(padded[name], width)
+    named: list[Any] = [(name, axis) for name, axis in TOKEN_AXIS.items() if name in padded]
+    named += [(("per_token", name), 1) for name in padded.get("per_token", {}).keys()]  # noqa: SIM118 - a TensorDict
+    for key, axis in named:
+        tensor: Tensor = padded[key]
+        padded[key] = F.pad(tensor, (0, 0) * (tensor.ndim - 1 - axis) + (0, extra))
     return padded
 
 
@@ -100,6 +108,10 @@ class FlowPolicy(Protocol):
     """K."""
     value_size: int
     """V: number of value features."""
+    context_groups: frozenset[str]
+    """Parameter groups that `encode` reads: while none of them is trained, a stored context stays right."""
+    frozen_groups: frozenset[str]
+    """Parameter groups that are never trained."""
 
     def collate(self, observation: Observation) -> TensorDict:
         """Images, prompt and state as tensors with batch size [B], on the CPU."""
@@ -135,12 +147,24 @@ class FlowPolicy(Protocol):
     def actions_from_env(self, action: Float[np.ndarray, "B H C"]) -> Float[Tensor, "B H K"]: ...
 
     def parameter_groups(self) -> dict[str, list[nn.Parameter]]:
-        """A partition of the parameters: "vlm", "expert"."""
+        """A partition of the parameters: "vlm" is the backbone, which may stay frozen, "expert" what decodes actions;
+        an architecture may have more."""
         ...
 
     def sharding_units(self) -> list[nn.Module]:
         """Modules to wrap one by one under FSDP."""
         ...
+
+
+def trained_groups(policy: FlowPolicy, train_vlm: bool) -> list[str]:
+    """Names of the parameter groups that are trained, the backbone last."""
+    names = [n for n in policy.parameter_groups() if n != "vlm" and n not in policy.frozen_groups]
+    return sorted(names, key=lambda name: name != "expert") + ["vlm"] * train_vlm
+
+
+def context_is_fixed(policy: FlowPolicy, train_vlm: bool) -> bool:
+    """Whether contexts stay what they are while the policy is trained, so that they can be stored and used again."""
+    return not policy.context_groups.intersection(trained_groups(policy, train_vlm))
 
 
 class ValueHead(nn.Module):

@@ -13,14 +13,15 @@ import torch
 from torch import nn
 
 from rlvla.policies.action_stats import ActionStats
+from rlvla.policies.architectures import architecture
+from rlvla.policies.policy import Policy
 from rlvla.policies.processor import load_tokenizer
-from rlvla.policies.qwen_vla import QwenVLA
 from rlvla_envs.base import EnvSpec
 
 FILES = ("config.yaml", "model.safetensors", "action_stats.json", "tokenizer.json")
 
 
-def save_policy(policy: QwenVLA, folder: Path, weights: dict[str, torch.Tensor] | None = None) -> None:
+def save_policy(policy: Policy, folder: Path, weights: dict[str, torch.Tensor] | None = None) -> None:
     """Write a policy folder: all of it or nothing.
 
     Args:
@@ -68,7 +69,7 @@ def replace_folder(stage: Path, folder: Path) -> None:
     shutil.rmtree(old, ignore_errors=True)
 
 
-def load_policy(folder: Path, device: str = "cpu") -> QwenVLA:
+def load_policy(folder: Path, device: str = "cpu") -> Policy:
     """Read a policy folder.
 
     Raises:
@@ -82,7 +83,7 @@ def load_policy(folder: Path, device: str = "cpu") -> QwenVLA:
     except Exception as error:
         raise ValueError(f"{folder} is damaged: {type(error).__name__}: {error}. Copy or write it again.") from error
     _check_stats(stats, spec, folder / "action_stats.json")
-    policy = QwenVLA(config, spec, stats, tokenizer)
+    policy = architecture(config.name).policy(config, spec, stats, tokenizer)
     load_weights(policy, folder / "model.safetensors")
     return policy.to(device)
 

@@ -16,7 +16,8 @@ from rlvla.policies.action_stats import ActionStats
 from rlvla.policies.folder import check_folder, read_config
 from rlvla.policies.processor import load_tokenizer, train_tokenizer
 from rlvla.policies.prompt import embodiment_prompt
-from rlvla.policies.qwen_vla import PAD_TO, QwenVLA, QwenVLAConfig, prompts_for_tokenizer
+from rlvla.policies.prompted import PAD_TO, prompts_for_tokenizer
+from rlvla.policies.qwen_vla import QwenVLA, QwenVLAConfig
 from rlvla_envs.base import EnvSpec
 
 ROWS = 2

@@ -275,7 +275,7 @@ def test_an_impossible_value_is_refused_with_the_value_and_the_cure(
     [
         ("train", "suite=pushcube", "suite is 'pushcube'; choose one of .* Did you mean 'push_cube'?"),
         ("sft", "policy=llama", "policy is 'llama'; choose one of .*qwen_vla_tiny"),
-        ("sft", "policy.name=llama", "policy.name is 'llama'; policies: qwen_vla"),
+        ("sft", "policy.name=llama", "policy.name is 'llama'; it must be 'qwen_vla' .*there are: qwen_vla"),
         ("sft", "policy.expert.hidden_size=97", "policy.expert.hidden_size is 97, which 3 heads do not divide"),
         ("sft", "beta_alpha=0", "beta_alpha, beta_beta is .*; it must be positive"),
     ],

@@ -16,7 +16,8 @@ from rlvla.policies.base import ValueHead
 from rlvla.policies.expert import Expert, ExpertConfig, _rotate, flow_time_features
 from rlvla.policies.processor import SPECIAL_TOKENS, load_tokenizer, patchify, train_tokenizer
 from rlvla.policies.prompt import embodiment_prompt
-from rlvla.policies.qwen_vla import QwenVLA, prompts_for_tokenizer
+from rlvla.policies.prompted import prompts_for_tokenizer
+from rlvla.policies.qwen_vla import QwenVLA
 from rlvla_envs.base import ActionComponent, Camera, EnvSpec
 
 

@@ -1,0 +1,140 @@
+"""What every policy class shares: conventions, statistics, the mask of the action tensor, and the way there and back.
+
+The rest of the system knows a policy by its Protocol (`rlvla.policies.base`). This class saves a new one from writing
+again what is the same in all of them.
+"""
+
+from abc import abstractmethod
+from typing import Any, Self
+
+import numpy as np
+import torch
+from jaxtyping import Bool, Float, Int
+from tensordict import TensorDict
+from torch import Tensor, nn
+
+from rlvla.policies.action_stats import ActionStats
+from rlvla.policies.base import Context
+from rlvla_envs.base import EnvSpec, Observation
+
+
+class Policy(nn.Module):
+    """A policy that can be trained, stored in a folder and read again.
+
+    Subclasses take ``(config, env_spec, stats, tokenizer)``, call `__init__` of this class first, and ``self.eval()``
+    last: a policy is deterministic given its noise, so there is no dropout in SFT, rollouts or updates, and the ratio
+    before the first step is 1. Gradients do not need training mode.
+    """
+
+    value_size: int
+    context_groups: frozenset[str] = frozenset({"vlm"})
+    frozen_groups: frozenset[str] = frozenset()
+
+    def __init__(
+        self,
+        config: Any,
+        env_spec: EnvSpec,
+        stats: ActionStats,
+        tokenizer: Any,
+        *,
+        horizon: int,
+        channels: int,
+        num_denoising_steps: int,
+    ) -> None:
+        super().__init__()
+        self.config, self.env_spec, self.stats, self.tokenizer = config, env_spec, stats, tokenizer
+        self.horizon, self.channels, self.num_denoising_steps = horizon, channels, num_denoising_steps
+        mask = np.zeros((horizon, channels), dtype=np.bool_)
+        mask[: env_spec.chunk_size, : env_spec.action_size] = stats.active
+        self._action_mask: Tensor
+        self.register_buffer("_action_mask", torch.from_numpy(mask), persistent=False)
+
+    def initialize(self) -> None:
+        """What a model trained from scratch needs beyond its layers' own initialisation; nothing by default."""
+
+    @abstractmethod
+    def collate(self, observation: Observation) -> TensorDict: ...
+
+    @abstractmethod
+    def context_length(self, instruction: str) -> int: ...
+
+    @abstractmethod
+    def encode(self, batch: TensorDict) -> Context: ...
+
+    @abstractmethod
+    def value_features(self, context: Context) -> Float[Tensor, "B V"]: ...
+
+    @abstractmethod
+    def velocity(
+        self,
+        context: Context,
+        sample: Float[Tensor, "B H K"],
+        tau: Float[Tensor, " B"],
+        step: Int[Tensor, " B"] | None = None,
+    ) -> Float[Tensor, "B H K"]: ...
+
+    @abstractmethod
+    def parameter_groups(self) -> dict[str, list[nn.Parameter]]: ...
+
+    @abstractmethod
+    def sharding_units(self) -> list[nn.Module]: ...
+
+    def action_mask(self) -> Bool[Tensor, "H K"]:
+        return self._action_mask
+
+    def actions_to_env(self, sample: Float[Tensor, "B H K"]) -> Float[np.ndarray, "B H C"]:
+        """Clipped to the quantiles' range first: outside it the data says nothing, and SFT never went there."""
+        spec = self.env_spec
+        chunk = sample[:, : spec.chunk_size, : spec.action_size].float().clamp(-1, 1)
+        return self.stats.denormalize(chunk.cpu().numpy())
+
+    def actions_from_env(self, action: Float[np.ndarray, "B H C"]) -> Float[Tensor, "B H K"]:
+        batch, horizon, channels = action.shape
+        padded = torch.zeros(batch, self.horizon, self.channels)
+        padded[:, :horizon, :channels] = torch.from_numpy(self.stats.normalize(action))
+        return padded * self._action_mask.cpu()
+
+    def _apply(self, fn: Any, recurse: bool = True) -> Self:
+        """Moves and casts as every module does, but rotary frequencies stay in fp32: a position in the hundreds
+        does not fit into the 8 bits of a bfloat16."""
+        rotary: list[Any] = [m for m in self.modules() if isinstance(getattr(m, "inv_freq", None), Tensor)]
+        kept = [module.inv_freq.float() for module in rotary]
+        nn.Module._apply(self, fn, recurse)  # type: ignore[no-untyped-call]
+        for module, frequency in zip(rotary, kept, strict=True):
+            if not module.inv_freq.is_meta:
+                module.inv_freq = frequency.to(module.inv_freq.device)
+        return self
+
+
+def check_sizes(
+    env_spec: EnvSpec, tokenizer: Any, *, horizon: int, channels: int, vocab_size: int, image_unit: int, part: str
+) -> None:
+    """Everything that must fit, before a parameter is allocated.
+
+    Args:
+        image_unit: pixels that must divide every image's sides: a patch times what is merged.
+        part: where a user sets H and K, such as "policy.expert".
+
+    Raises:
+        ValueError: the policy does not fit the suite; the message lists all reasons.
+    """
+    problems = []
+    if env_spec.action_size > channels:
+        problems.append(
+            f"the suite has {env_spec.action_size} action channels, {part}.channels pads to {channels}; raise it"
+        )
+    if env_spec.chunk_size > horizon:
+        problems.append(f"suite.chunk_size is {env_spec.chunk_size}, {part}.horizon pads to {horizon}; raise it")
+    if len(tokenizer) > vocab_size:
+        problems.append(f"the tokenizer has {len(tokenizer)} tokens, policy.vlm.vocab_size is {vocab_size}; raise it")
+    if len({(c.height, c.width) for c in env_spec.cameras}) > 1:
+        sizes = ", ".join(f"{c.name} {c.height} x {c.width}" for c in env_spec.cameras)
+        problems.append(f"all cameras must have one size, and they are {sizes}; change suite.image_size")
+    problems += [
+        f"camera {c.name} is {c.height} x {c.width}, which merged patches of {image_unit} pixels do not divide; "
+        "change suite.image_size"
+        for c in env_spec.cameras
+        if c.height % image_unit or c.width % image_unit
+    ]
+    if problems:
+        raise ValueError("the policy does not fit the suite: " + "; ".join(problems) + ".")

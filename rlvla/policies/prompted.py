@@ -1,0 +1,145 @@
+"""Observations as a Qwen VLM reads them: prompts with image tokens, m-RoPE positions, patches."""
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from jaxtyping import Bool, Float
+from tensordict import TensorDict
+from torch import Tensor
+
+from rlvla.policies.policy import Policy
+from rlvla.policies.processor import patchify
+from rlvla.policies.prompt import embodiment_prompt
+from rlvla_envs.base import EnvSpec, Observation
+
+PAD_TO = 16
+"""Tokens that a context's length is rounded up to."""
+IMAGE = "<|image_pad|>"
+
+
+class Layout(NamedTuple):
+    """One prompt with its images' places."""
+
+    ids: Tensor
+    """[L]"""
+    image: Tensor
+    """[L]: 1 on image tokens."""
+    positions: Tensor
+    """[3 L]: m-RoPE."""
+
+
+class PromptedPolicy(Policy):
+    """A policy whose context is one prompt with all camera images, read by `self.vlm`: a base model of transformers
+    with ``visual`` and ``language_model`` that merges 2 x 2 patches."""
+
+    vlm: Any
+    context_limit: int = 0
+    """Longest context; 0 has no limit."""
+
+    def prompt(self, instruction: str) -> str:
+        """The chat text of one observation, with one image token for each camera."""
+        content: list[dict[str, str]] = [{"type": "image"} for _ in self.env_spec.cameras]
+        content.append({"type": "text", "text": embodiment_prompt(self.env_spec, instruction)})
+        turn = [{"role": "user", "content": content}]
+        text: str = self.tokenizer.apply_chat_template(turn, tokenize=False, add_generation_prompt=True)
+        return text
+
+    def collate(self, observation: Observation) -> TensorDict:
+        """Right-padded prompts, positions and images; raises as `context_length` does."""
+        layouts = [self.layout(self.prompt(text)) for text in observation.instruction]
+        length = max(self.context_length(text) for text in observation.instruction)
+        batch = len(observation)
+        cameras = [camera.name for camera in self.env_spec.cameras]
+        state = observation.state if observation.state is not None else np.zeros((batch, 0), np.float32)
+        return TensorDict(
+            {
+                **self.pack(layouts, length),
+                "images": torch.from_numpy(np.stack([observation.images[c] for c in cameras], axis=1)),
+                "state": torch.from_numpy(self.stats.normalize_state(state)),
+            },
+            batch_size=[batch],
+        )
+
+    def pack(self, layouts: Sequence[Layout], length: int) -> dict[str, Tensor]:
+        """Prompts as one right-padded batch: input_ids, mask, token_type [B S] and position_ids [B 3 S]."""
+        batch = len(layouts)
+        ids = torch.full((batch, length), self.tokenizer.pad_token_id)
+        mask = torch.zeros((batch, length), dtype=torch.bool)
+        token_type = torch.zeros((batch, length), dtype=torch.long)
+        position_ids = torch.zeros((batch, 3, length), dtype=torch.long)
+        for row, layout in enumerate(layouts):
+            n = len(layout.ids)
+            ids[row, :n], mask[row, :n], token_type[row, :n] = layout.ids, True, layout.image
+            position_ids[row, :, :n] = layout.positions
+        return {"input_ids": ids, "mask": mask, "token_type": token_type, "position_ids": position_ids}
+
+    def context_length(self, instruction: str) -> int:
+        """A multiple of PAD_TO where the policy's table of positions allows it, so that most instructions share a
+        length.
+
+        Raises:
+            ValueError: a prompt longer than that table.
+        """
+        length = len(self.layout(self.prompt(instruction)).ids)
+        if self.context_limit and length > self.context_limit:
+            raise ValueError(
+                f"the prompt and images take {length} tokens; policy.expert.context_positions allows "
+                f"{self.context_limit}. Shorten the instruction or train with a larger table."
+            )
+        padded = -(-length // PAD_TO) * PAD_TO
+        return min(padded, self.context_limit) if self.context_limit else padded
+
+    def image_inputs(self, vlm: Any, images: Tensor) -> dict[str, Tensor]:
+        """Of all cameras [B views h w 3], as a Qwen model takes them: pixel_values and image_grid_thw."""
+        rows, views, height, width = images.shape[:4]
+        patch = self.config.vlm.patch_size
+        grid = torch.tensor([[1, height // patch, width // patch]]).expand(rows * views, -1)
+        return {
+            "pixel_values": patchify(images.flatten(0, 1), patch, 2, 2).to(vlm.dtype),
+            "image_grid_thw": grid.to(images.device),
+        }
+
+    def layout(self, text: str) -> Layout:
+        """Token ids, image marks and m-RoPE positions of one prompt; cached.
+
+        transformers computes the positions in a Python loop over rows with host synchronisation. They depend on
+        the prompt alone, so it does so once per prompt.
+        """
+        if text not in self._layouts:
+            spec, patch = self.env_spec, self.config.vlm.patch_size
+            pieces = text.split(IMAGE)
+            filled = pieces[0]
+            for camera, piece in zip(spec.cameras, pieces[1:], strict=True):
+                num_tokens = (camera.height // (2 * patch)) * (camera.width // (2 * patch))
+                filled += IMAGE * num_tokens + piece
+            ids = torch.tensor([self.tokenizer(filled, add_special_tokens=False)["input_ids"]])
+            image = (ids == self.vlm.config.image_token_id).long()
+            grid = torch.tensor([[1, c.height // patch, c.width // patch] for c in spec.cameras])
+            positions, _ = self.vlm.get_rope_index(
+                ids, mm_token_type_ids=image, image_grid_thw=grid, attention_mask=torch.ones_like(ids)
+            )
+            self._layouts[text] = Layout(ids[0], image[0], positions[:, 0])
+        return self._layouts[text]
+
+    @property
+    def _layouts(self) -> dict[str, Layout]:
+        # Not a module's business: made when first used, and not copied with the weights.
+        cache: dict[str, Layout] = self.__dict__.setdefault("_layout_cache", {})
+        return cache
+
+
+def pool(tokens: Float[Tensor, "B S D"], mask: Bool[Tensor, "B S"]) -> Float[Tensor, "B D"]:
+    """Mean over valid tokens, detached: what the critic sees (Qwen-VLA, section 4.2)."""
+    weight = mask[..., None].to(tokens.dtype)
+    return ((tokens * weight).sum(dim=1) / weight.sum(dim=1)).detach()
+
+
+def prompts_for_tokenizer(spec: EnvSpec, instructions: Sequence[str]) -> list[str]:
+    """Chat turns like those the policy will read, to train a small tokenizer on."""
+    turns = []
+    for instruction in instructions:
+        body = embodiment_prompt(spec, instruction)
+        turns.append(f"<|im_start|>user\n{body}<|im_end|>\n<|im_start|>assistant\n")
+    return turns
