@@ -12,6 +12,10 @@ else
 SETUP := true
 endif
 
+# A file's tests stay together, because they share what was expensive to make. In the order of their folders: the slow
+# files of e2e are then not the last ones, when nobody is left to share the work.
+IN_PARALLEL = -n auto --maxprocesses 4 --dist loadfile --no-loadscope-reorder
+
 .NOTPARALLEL:
 .DEFAULT_GOAL := help
 .PHONY: help setup packages train test check lint bench clean
@@ -34,7 +38,7 @@ lint:
 	@$(PYTHON) -m mypy
 
 test: setup lint ## everything that must hold: ruff, mypy, all tests
-	@$(PYTHON) -m pytest
+	@$(PYTHON) -m pytest $(IN_PARALLEL)
 
 check: packages lint ## before every commit: ruff, mypy, unit and contract tests without simulators
 	@$(PYTHON) -m pytest -m "not simulator and not slow" tests/unit tests/contract algos
