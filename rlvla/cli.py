@@ -8,6 +8,7 @@ VERBS = {
     "sft": "train a flow-matching policy on demonstrations",
     "train": "refine a policy with PPO and prove what it gained",
     "eval": "measure a policy on held-back initial states",
+    "forgetting": "measure what a policy's language model has lost, on questions of yours",
     "doctor": "say what works on this machine, how to cure the rest, and what memory a run takes",
 }
 
@@ -16,6 +17,7 @@ EXAMPLES = """examples:
   rlvla sft dataset=datasets/push_cube output=runs/sft
   rlvla train policy=runs/sft/policy output=runs/ppo algo.target_kl=0.1
   rlvla eval policy=runs/ppo/policy suite=push_cube eval.trials=200 output=runs/eval
+  rlvla forgetting before=runs/sft/policy after=runs/ppo/policy questions=questions.jsonl
   rlvla doctor policy=qwen_vla_4b suite=simpler_env device_memory_gb=80"""
 
 
@@ -89,7 +91,7 @@ def _quieten() -> None:
 
 
 def _help() -> str:
-    verbs = "\n".join(f"  {verb:9s}{text}" for verb, text in VERBS.items())
+    verbs = "\n".join(f"  {verb:12s}{text}" for verb, text in VERBS.items())
     return (
         "usage: rlvla VERB [key=value ...] [--cfg] [--debug]\n\n"
         "Reinforcement-learning fine-tuning of flow-matching vision-language-action policies.\n\n"

@@ -11,7 +11,16 @@ from enum import Enum
 from pathlib import Path
 from typing import Any, cast
 
-from rlvla.config import MISSING, CollectConfig, ConfigError, DoctorConfig, EvaluateConfig, SFTConfig, TrainConfig
+from rlvla.config import (
+    MISSING,
+    CollectConfig,
+    ConfigError,
+    DoctorConfig,
+    EvaluateConfig,
+    ForgettingConfig,
+    SFTConfig,
+    TrainConfig,
+)
 from rlvla_envs.base import SuiteConfig
 
 SCHEMAS: dict[str, type] = {
@@ -20,6 +29,7 @@ SCHEMAS: dict[str, type] = {
     "train": TrainConfig,
     "eval": EvaluateConfig,
     "doctor": DoctorConfig,
+    "forgetting": ForgettingConfig,
 }
 
 OPEN_KEYS = ("suite.options.", "task_weights.")
@@ -102,7 +112,8 @@ def describe_schema(schema: type, prefix: str = "") -> Iterator[tuple[str, str, 
 
 def group_choices(verb: str) -> dict[str, list[str]]:
     """The YAML files that each configuration group of a verb offers."""
-    groups = ("suite", "policy") if verb == "sft" else ("suite",)
+    has_suite = any(field.name == "suite" for field in dataclasses.fields(SCHEMAS[verb]))
+    groups = ("suite", "policy", "stage") if verb == "sft" else ("suite",) if has_suite else ()
     return {group: sorted(f.stem for f in (config_dir() / group).glob("*.yaml")) for group in groups}
 
 
@@ -176,7 +187,7 @@ def _check_keys(verb: str, overrides: Sequence[str]) -> None:
     known = {key for key, _, _ in describe_schema(SCHEMAS[verb], "")}
     if verb == "sft":
         known |= {key for key, _, _ in describe_schema(_policy_schema(overrides), "policy.")}
-    known |= {"suite", "policy"} if verb == "sft" else {"suite"}
+    known |= set(group_choices(verb))
     choices = group_choices(verb)
     for override in overrides:
         key, equals, value = override.partition("=")

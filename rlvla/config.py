@@ -395,6 +395,28 @@ class EvaluateConfig:
 
 
 @dataclass(kw_only=True)
+class ForgettingConfig:
+    """`rlvla forgetting`: what a policy's language model has lost between two policy folders."""
+
+    before: str = MISSING
+    """Policy folder: the backbone as it was."""
+    after: str = MISSING
+    """Policy folder after fine-tuning."""
+    questions: str = MISSING
+    """File of conversations, one JSON object a line, each ending with the right answer
+    (docs/how-to/keep-the-language-model.md)."""
+    output: str = "forgetting.json"
+    """Result file: scores, Delta, and every answer."""
+    device: str = "auto"
+    max_new_tokens: int = 32
+    """Longest answer to a question without choices."""
+
+    def __post_init__(self) -> None:
+        _check_common(self)
+        _require(self.max_new_tokens >= 1, "max_new_tokens", self.max_new_tokens, "at least 1")
+
+
+@dataclass(kw_only=True)
 class CollectConfig:
     """`rlvla collect`: demonstrations of a suite's scripted expert, as a LeRobotDataset v3."""
 
@@ -410,6 +432,22 @@ class CollectConfig:
     def __post_init__(self) -> None:
         _check_common(self)
         _require(self.episodes >= 1, "episodes", self.episodes, "at least 1")
+
+
+@dataclass(kw_only=True)
+class VisionLanguageConfig:
+    """Questions about images that are learnt beside the actions (Qwen-VLA, equation 3)."""
+
+    dataset: str | None = None
+    """File of conversations, one JSON object a line (docs/how-to/keep-the-language-model.md); null has none."""
+    weight: float = 0.1
+    """Of their next-token loss beside the flow-matching loss. The paper's is 0.1."""
+    batch_size: int = 4
+    """Conversations per step."""
+
+    def __post_init__(self) -> None:
+        _require(0 <= self.weight < math.inf, "vision_language.weight", self.weight, "0 or more and finite")
+        _require(self.batch_size >= 1, "vision_language.batch_size", self.batch_size, "at least 1")
 
 
 @dataclass(kw_only=True)
@@ -458,9 +496,23 @@ class SFTConfig:
     """Train the backbone too. False trains the action expert alone, as the paper's first stage does."""
     tokenizer: str | None = None
     """Folder with tokenizer files of a checkpoint; null trains a small one on the dataset's prompts."""
+    start: str | None = None
+    """Policy folder to go on from, such as an earlier stage's; null starts anew, or from what policy= says. The
+    action statistics become this dataset's."""
+    sequence_length: int = 0
+    """Above 0, no images are shown and a whole demonstration is predicted from its instruction and first state, up to
+    so many actions (stage=t2a). 0 predicts chunks."""
+    vision_language: VisionLanguageConfig = field(default_factory=VisionLanguageConfig)
 
     def __post_init__(self) -> None:
         _check_common(self)
+        _require(self.sequence_length >= 0, "sequence_length", self.sequence_length, "0 (chunks) or more")
+        _require(
+            self.vision_language.dataset is None or self.train_vlm,
+            "vision_language.dataset",
+            self.vision_language.dataset,
+            "null with train_vlm=false: it trains the backbone",
+        )
         _require(self.steps >= 1, "steps", self.steps, "at least 1")
         _require(self.batch_size >= 1, "batch_size", self.batch_size, "at least 1")
         _require(self.noise_draws >= 1, "noise_draws", self.noise_draws, "at least 1")

@@ -215,11 +215,7 @@ class Run:
         self.progress.warn(f"{where}: {message}")
 
     def write_json(self, name: str, content: Any) -> None:
-        path = self.folder / name
-        path.parent.mkdir(parents=True, exist_ok=True)
-        stage = path.with_suffix(".partial")
-        _write_synced(stage, json.dumps(content, indent=1) + "\n")
-        os.replace(stage, path)
+        write_json(self.folder / name, content)
 
     def update_json(self, name: str, addition: Any) -> None:
         """Add keys to a JSON object in the folder, or entries to a JSON list."""
@@ -317,6 +313,14 @@ def _lock(folder: Path) -> IO[str]:
         # A file system without locks: better unguarded than not at all.
         pass
     return file
+
+
+def write_json(path: Path, content: Any) -> None:
+    """All of it or nothing; what was there before stays until then."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    stage = path.with_suffix(".partial")
+    _write_synced(stage, json.dumps(content, indent=1) + "\n")
+    os.replace(stage, path)
 
 
 def _write_synced(path: Path, text: str) -> None:

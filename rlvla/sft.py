@@ -9,20 +9,22 @@ import numpy as np
 import torch
 from torch import nn
 
-from rlvla.config import FlowTime, SFTConfig
-from rlvla.dataset import Demonstrations, action_chunks
+from rlvla.config import ConfigError, FlowTime, SFTConfig
+from rlvla.dataset import Demonstrations
 from rlvla.dataset_reader import load_dataset
 from rlvla.policies.action_stats import ActionStats
 from rlvla.policies.architectures import architecture
 from rlvla.policies.base import context_is_fixed, trained_groups
-from rlvla.policies.folder import save_policy
+from rlvla.policies.folder import load_policy, save_policy
 from rlvla.policies.policy import Policy
 from rlvla.policies.processor import load_tokenizer, train_tokenizer
-from rlvla.policies.prompted import prompts_for_tokenizer
+from rlvla.policies.prompted import PromptedPolicy, prompts_for_tokenizer
 from rlvla.run import Run, pick_device
 from rlvla.seeding import Stream, keyed_rng, normal, seed_torch
+from rlvla.sft_examples import examples_of
+from rlvla.vision_language import Reader, load_chats, next_token_loss, to_device
 from rlvla_algos.flow_matching import flow_matching_loss, interpolate
-from rlvla_envs.base import ActionComponent, Camera, EnvSpec, Observation, require_match
+from rlvla_envs.base import ActionComponent, Camera, EnvSpec, require_match
 
 
 def run(config: SFTConfig) -> dict[str, Any]:
@@ -38,6 +40,8 @@ def run(config: SFTConfig) -> dict[str, Any]:
             + ", ".join(f"{k} {sum(p.numel() for p in v) / 1e6:.2f} M" for k, v in policy.parameter_groups().items())
             + " parameters"
         )
+        if config.start is not None:
+            record.progress.note(f"architecture, sizes and tokenizer are those of {config.start}; policy= is not read")
         weights = fit(policy, demonstrations, config, record, device)
         folder = Path(config.output) / "policy"
         save_policy(policy, folder, weights)
@@ -56,18 +60,14 @@ def run(config: SFTConfig) -> dict[str, Any]:
 def fit(
     policy: Policy, demonstrations: Demonstrations, config: SFTConfig, record: Run, device: str
 ) -> dict[str, torch.Tensor] | None:
-    """AdamW with warm-up and cosine decay on the two-level averaged velocity error.
+    """AdamW with warm-up and cosine decay on the two-level averaged velocity error, and on the answers to questions
+    about images where there are any.
 
     Returns:
         The averaged weights when ``ema_decay`` is set, else None.
     """
-    chunks, real = action_chunks(demonstrations, policy.env_spec.chunk_size)
-    target = policy.actions_from_env(chunks)
-    mask = torch.zeros(target.shape, dtype=torch.bool)
-    mask[:, : real.shape[1]] = torch.from_numpy(real)[..., None]
-    mask &= policy.action_mask().cpu()
-
-    weight = frame_weights(demonstrations, config)
+    examples = examples_of(policy, demonstrations, config)
+    questions = Questions(policy, config) if config.vision_language.dataset else None
     groups = policy.parameter_groups()
     trained = [p for name in trained_groups(policy, config.train_vlm) for p in groups[name]]
     policy.requires_grad_(False)
@@ -78,50 +78,86 @@ def fit(
     started = time.monotonic()
     for step in range(config.steps):
         rng = keyed_rng(config.seed, Stream.SFT, step)
-        rows = rng.choice(len(weight), size=config.batch_size, p=weight)
-        batch = policy.collate(observe(demonstrations, rows))
-        batch["state"] = batch["state"] + config.state_noise * torch.from_numpy(normal(rng, *batch["state"].shape))
+        batch, action, valid = examples.draw(rng, config.batch_size)
         draws = config.noise_draws * config.batch_size
-        noise = torch.from_numpy(normal(rng, draws, policy.horizon, policy.channels))
+        noise = torch.from_numpy(normal(rng, draws, *action.shape[1:]))
         tau = torch.from_numpy(draw_flow_time(rng, draws, config))
-        action = target[rows].repeat(config.noise_draws, 1, 1)
-        valid = mask[rows].repeat(config.noise_draws, 1, 1)
+        action, valid = (x.repeat(config.noise_draws, 1, 1) for x in (action, valid))
         noise, tau, action, valid, batch = (x.to(device) for x in (noise, tau, action, valid, batch))
 
         for group in optimizer.param_groups:
             group["lr"] = config.lr * learning_rate_factor(step, config.steps, config.warmup_steps)
         with torch.set_grad_enabled(not context_is_fixed(policy, config.train_vlm)):
             context = policy.encode(batch).repeat(config.noise_draws)
-        velocity = policy.velocity(context, interpolate(action, noise, tau), tau)
+        velocity = examples.velocity(context, interpolate(action, noise, tau), tau, valid)
         loss = flow_matching_loss(velocity, action, noise, valid)
+        losses = {"loss/flow": float(loss.detach())}
         optimizer.zero_grad(set_to_none=True)
         torch.autograd.backward(loss)
-        error = float(loss.detach())
+        if questions is not None:
+            # A pass of its own after the first one's memory is free.
+            told = questions.loss(step, device)
+            torch.autograd.backward(config.vision_language.weight * told)
+            losses["loss/vision_language"] = float(told.detach())
         norm = nn.utils.clip_grad_norm_(trained, config.max_grad_norm)
-        if not math.isfinite(error):
-            raise RuntimeError(
-                f"the flow-matching loss is {error} at step {step}. Lower lr (now {config.lr:g}), or look for "
-                "outliers in the dataset's actions."
-            )
+        for name, error in losses.items():
+            if not math.isfinite(error):
+                raise RuntimeError(
+                    f"{name} is {error} at step {step}. Lower lr (now {config.lr:g}), or look for outliers in the "
+                    "dataset's actions."
+                )
         optimizer.step()
         if config.ema_decay is not None:
             average = update_average(average, policy, config.ema_decay)
         if (step + 1) % 20 == 0 or step + 1 == config.steps:
             rate = (step + 1) / (time.monotonic() - started)
-            row = {"loss/flow": error, "optim/grad_norm": float(norm), "speed/steps_per_s": rate}
+            row = {**losses, "optim/grad_norm": float(norm), "speed/steps_per_s": rate}
             record.log({"kind": "sft", "step": step + 1, "minutes": record.minutes(), **row})
-            record.progress.bar(f"sft loss {error:.3f}", step + 1, config.steps)
+            record.progress.bar(f"sft loss {losses['loss/flow']:.3f}", step + 1, config.steps)
     return average
 
 
+class Questions:
+    """Vision-language data that is learnt beside the actions, so that the backbone keeps its other abilities."""
+
+    def __init__(self, policy: Policy, config: SFTConfig) -> None:
+        if not isinstance(policy, PromptedPolicy):
+            raise ConfigError(
+                f"vision_language.dataset is for policies that read prompts by a language model with its own words; "
+                f"{policy.config.name} is none. Leave it out."
+            )
+        assert config.vision_language.dataset is not None
+        self._policy, self._config, self._reader = policy, config, Reader(policy)
+        self._chats = load_chats(Path(config.vision_language.dataset))
+
+    def loss(self, step: int, device: str) -> torch.Tensor:
+        rng = keyed_rng(self._config.seed, Stream.VISION_LANGUAGE, step)
+        rows = rng.integers(len(self._chats), size=self._config.vision_language.batch_size)
+        batch = self._reader.batch([self._chats[row] for row in rows])
+        return next_token_loss(self._policy.vlm, to_device(batch, device))
+
+
 def build_policy(config: SFTConfig, env_spec: EnvSpec, demonstrations: Demonstrations) -> Policy:
-    """A fresh policy with the dataset's statistics and a tokenizer that knows its prompts."""
+    """A policy with the dataset's statistics: a fresh one whose tokenizer knows the dataset's prompts, or the one that
+    ``start`` names.
+
+    Raises:
+        ValueError: ``start`` is no policy folder, or its policy does not fit the suite.
+    """
+    stats = ActionStats.of(demonstrations.action, demonstrations.state if env_spec.state_size else None)
+    if config.start is not None:
+        before = load_policy(Path(config.start))
+        policy = architecture(before.config.name).policy(before.config, env_spec, stats, before.tokenizer)
+        policy.load_state_dict(before.state_dict())
+        return policy
     if config.tokenizer is None:
         prompts = prompts_for_tokenizer(env_spec, demonstrations.tasks)
+        if config.vision_language.dataset is not None:
+            chats = load_chats(Path(config.vision_language.dataset))
+            prompts += [text for chat in chats for text in chat.texts()]
         tokenizer = train_tokenizer(prompts, config.policy.vlm.vocab_size)
     else:
         tokenizer = load_tokenizer(Path(config.tokenizer))
-    stats = ActionStats.of(demonstrations.action, demonstrations.state if env_spec.state_size else None)
     policy = architecture(config.policy.name).policy(config.policy, env_spec, stats, tokenizer)
     policy.initialize()
     return policy
@@ -172,23 +208,6 @@ def _foreign_spec(demonstrations: Demonstrations, suite: EnvSpec) -> EnvSpec:
             "control_hz": demonstrations.fps,
         }
     )
-
-
-def observe(demonstrations: Demonstrations, rows: np.ndarray) -> Observation:
-    return Observation(
-        images={name: image[rows] for name, image in demonstrations.images.items()},
-        instruction=[demonstrations.instruction(int(i)) for i in rows],
-        state=None if demonstrations.state is None else demonstrations.state[rows],
-    )
-
-
-def frame_weights(demonstrations: Demonstrations, config: SFTConfig) -> np.ndarray:
-    """Probability [N] of drawing each frame: the first steps of a demonstration more often."""
-    start = demonstrations.episode_start[demonstrations.episode_index]
-    since = np.arange(demonstrations.num_frames) - start
-    weight = np.where(since < config.first_steps, config.first_steps_weight, 1.0)
-    probability: np.ndarray = weight / weight.sum()
-    return probability
 
 
 def draw_flow_time(rng: np.random.Generator, size: int, config: SFTConfig) -> np.ndarray:

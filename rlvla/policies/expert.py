@@ -128,7 +128,7 @@ class Expert(nn.Module):
         position_ids: Int[Tensor, "B 3 S"],
         state: Float[Tensor, "B P"],
         sample: Float[Tensor, "B H K"],
-        action_mask: Bool[Tensor, "H K"],
+        action_mask: Bool[Tensor, "H K"] | Bool[Tensor, "B H K"],
         tau: Float[Tensor, " B"],
     ) -> Float[Tensor, "B H K"]:
         """Padded entries of ``sample`` are zeroed on the way in and padded steps are hidden as keys, so a chunk

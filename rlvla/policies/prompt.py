@@ -3,8 +3,8 @@
 from rlvla_envs.base import EnvSpec
 
 
-def embodiment_prompt(spec: EnvSpec, instruction: str) -> str:
-    """The paper's words, with the suite's conventions filled in.
+def embodiment_prompt(spec: EnvSpec, instruction: str, num_actions: int | None = None) -> str:
+    """The paper's words, with the suite's conventions filled in; it asks for a chunk, or for ``num_actions``.
 
     Examples:
         >>> from rlvla_envs.base import ActionComponent, Camera, EnvSpec
@@ -16,7 +16,7 @@ actions to execute the following task: put the carrot on the plate.
     """
     return (
         f"The robot is {spec.robot} with {spec.arms}. The control frequency is {spec.control_hz:g} Hz. "
-        f"Please predict the next {spec.chunk_size} control actions to execute the following task: "
+        f"Please predict the next {num_actions or spec.chunk_size} control actions to execute the following task: "
         f"{instruction.rstrip('.')}."
     )
 

@@ -38,25 +38,49 @@ class PromptedPolicy(Policy):
     context_limit: int = 0
     """Longest context; 0 has no limit."""
 
-    def prompt(self, instruction: str) -> str:
-        """The chat text of one observation, with one image token for each camera."""
-        content: list[dict[str, str]] = [{"type": "image"} for _ in self.env_spec.cameras]
-        content.append({"type": "text", "text": embodiment_prompt(self.env_spec, instruction)})
+    def prompt(self, instruction: str, *, images: bool = True, num_actions: int | None = None) -> str:
+        """The chat text of one observation, with one image token for each camera.
+
+        Args:
+            images: False leaves the cameras out.
+            num_actions: how many the prompt asks for; the suite's chunk where not given.
+        """
+        cameras = self.env_spec.cameras if images else ()
+        content: list[dict[str, str]] = []
+        for camera in cameras:
+            image = [{"type": "image"}]
+            if len(cameras) > 1:
+                # Which view is which (Qwen-VLA, section 3.2.1). One camera has nothing to be told from.
+                image = [{"type": "text", "text": f"<|{camera.name}_start|>"}, *image]
+                image.append({"type": "text", "text": f"<|{camera.name}_end|>"})
+            content += image
+        content.append({"type": "text", "text": embodiment_prompt(self.env_spec, instruction, num_actions)})
         turn = [{"role": "user", "content": content}]
         text: str = self.tokenizer.apply_chat_template(turn, tokenize=False, add_generation_prompt=True)
         return text
 
     def collate(self, observation: Observation) -> TensorDict:
         """Right-padded prompts, positions and images; raises as `context_length` does."""
-        layouts = [self.layout(self.prompt(text)) for text in observation.instruction]
         length = max(self.context_length(text) for text in observation.instruction)
-        batch = len(observation)
+        batch = self._collate([self.prompt(text) for text in observation.instruction], observation, length)
         cameras = [camera.name for camera in self.env_spec.cameras]
+        batch["images"] = torch.from_numpy(np.stack([observation.images[c] for c in cameras], axis=1))
+        return batch
+
+    def collate_text(self, observation: Observation, num_actions: Sequence[int]) -> TensorDict:
+        """The same without images, each row asking for so many actions: `encode` then reads text alone."""
+        prompts = [
+            self.prompt(text, images=False, num_actions=number)
+            for text, number in zip(observation.instruction, num_actions, strict=True)
+        ]
+        return self._collate(prompts, observation, max(self._padded(len(self.layout(text).ids)) for text in prompts))
+
+    def _collate(self, prompts: Sequence[str], observation: Observation, length: int) -> TensorDict:
+        batch = len(observation)
         state = observation.state if observation.state is not None else np.zeros((batch, 0), np.float32)
         return TensorDict(
             {
-                **self.pack(layouts, length),
-                "images": torch.from_numpy(np.stack([observation.images[c] for c in cameras], axis=1)),
+                **self.pack([self.layout(text) for text in prompts], length),
                 "state": torch.from_numpy(self.stats.normalize_state(state)),
             },
             batch_size=[batch],
@@ -82,7 +106,9 @@ class PromptedPolicy(Policy):
         Raises:
             ValueError: a prompt longer than that table.
         """
-        length = len(self.layout(self.prompt(instruction)).ids)
+        return self._padded(len(self.layout(self.prompt(instruction)).ids))
+
+    def _padded(self, length: int) -> int:
         if self.context_limit and length > self.context_limit:
             raise ValueError(
                 f"the prompt and images take {length} tokens; policy.expert.context_positions allows "
@@ -91,8 +117,12 @@ class PromptedPolicy(Policy):
         padded = -(-length // PAD_TO) * PAD_TO
         return min(padded, self.context_limit) if self.context_limit else padded
 
-    def image_inputs(self, vlm: Any, images: Tensor) -> dict[str, Tensor]:
-        """Of all cameras [B views h w 3], as a Qwen model takes them: pixel_values and image_grid_thw."""
+    def image_inputs(self, vlm: Any, batch: TensorDict) -> dict[str, Tensor]:
+        """Of all cameras [B views h w 3], as a Qwen model takes them: pixel_values and image_grid_thw; nothing where
+        the batch is text."""
+        if "images" not in batch:
+            return {}
+        images = batch["images"]
         rows, views, height, width = images.shape[:4]
         patch = self.config.vlm.patch_size
         grid = torch.tensor([[1, height // patch, width // patch]]).expand(rows * views, -1)
@@ -110,13 +140,14 @@ class PromptedPolicy(Policy):
         if text not in self._layouts:
             spec, patch = self.env_spec, self.config.vlm.patch_size
             pieces = text.split(IMAGE)
+            cameras = spec.cameras if len(pieces) > 1 else ()
             filled = pieces[0]
-            for camera, piece in zip(spec.cameras, pieces[1:], strict=True):
+            for camera, piece in zip(cameras, pieces[1:], strict=True):
                 num_tokens = (camera.height // (2 * patch)) * (camera.width // (2 * patch))
                 filled += IMAGE * num_tokens + piece
             ids = torch.tensor([self.tokenizer(filled, add_special_tokens=False)["input_ids"]])
             image = (ids == self.vlm.config.image_token_id).long()
-            grid = torch.tensor([[1, c.height // patch, c.width // patch] for c in spec.cameras])
+            grid = torch.tensor([[1, c.height // patch, c.width // patch] for c in cameras]) if cameras else None
             positions, _ = self.vlm.get_rope_index(
                 ids, mm_token_type_ids=image, image_grid_thw=grid, attention_mask=torch.ones_like(ids)
             )

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 from tensordict import TensorDict
 from torch import Tensor, nn
 
@@ -86,7 +86,7 @@ class QwenVLA(PromptedPolicy):
             mm_token_type_ids=batch["token_type"],
             position_ids=batch["position_ids"].transpose(0, 1),
             use_cache=False,
-            **self.image_inputs(self.vlm, batch["images"]),
+            **self.image_inputs(self.vlm, batch),
         ).last_hidden_state
         mask = batch["mask"]
         return Context(tokens, mask, batch["position_ids"], pool(tokens, mask), batch["state"])
@@ -105,8 +105,19 @@ class QwenVLA(PromptedPolicy):
         step: Int[Tensor, " B"] | None = None,
     ) -> Float[Tensor, "B H K"]:
         del step  # This expert reads tau itself; policies with bucketed times read the step.
+        return self.sequence_velocity(context, sample, tau, self._action_mask)
+
+    def sequence_velocity(
+        self,
+        context: Context,
+        sample: Float[Tensor, "B L K"],
+        tau: Float[Tensor, " B"],
+        mask: Bool[Tensor, "L K"] | Bool[Tensor, "B L K"],
+    ) -> Float[Tensor, "B L K"]:
+        """`velocity` for any number of actions, such as a whole trajectory's: the expert counts positions and has no
+        parameters of its own for them."""
         velocity: Tensor = self.expert(
-            context.tokens, context.mask, context.position_ids, context.state, sample, self._action_mask, tau
+            context.tokens, context.mask, context.position_ids, context.state, sample, mask, tau
         )
         return velocity
 
