@@ -41,6 +41,7 @@ class SmallPolicy(nn.Module):
     """A backbone and an expert of one block each, in double precision throughout; enough of a `FlowPolicy` to learn."""
 
     num_denoising_steps, horizon, channels, value_size = 4, H, K, WIDTH
+    context_groups, frozen_groups = frozenset({"vlm"}), frozenset[str]()
 
     def __init__(self) -> None:
         super().__init__()
