@@ -15,7 +15,7 @@ from rlvla.config import ClusterConfig, WorkerKind, WorkersConfig
 from rlvla.hosts import group_size, require_expert
 from rlvla.recovery import Incident
 from rlvla_envs.base import ChunkResult, Demonstration, EnvSpec, Filmable, Observation, SuiteConfig
-from rlvla_envs.suites import check_memory, check_suite, make_env
+from rlvla_envs.suites import check_memory, check_suite, make_env, starts_slowly
 
 
 @dataclass(frozen=True)
@@ -91,12 +91,26 @@ def open_envs(suite: SuiteConfig, workers: WorkersConfig, cluster: ClusterConfig
         check_memory(suite, actors * per_actor, 1)
         return LocalEnvs(suite, actors * per_actor)
     cluster = cluster or ClusterConfig()
+    spare = wants_spare(suite, workers)
     if cluster.address is None:
-        check_memory(suite, per_actor, actors)
+        check_memory(suite, per_actor, actors, spare=workers.spare is True)
+        if spare:
+            try:
+                check_memory(suite, per_actor, actors, spare=True)
+            except ValueError:
+                # Nobody asked for it.
+                spare = False
     # Ray is imported where it is used, and only then.
     from rlvla.ray_envs import RayEnvs
 
-    return RayEnvs(suite, workers, cluster, actors)
+    return RayEnvs(suite, workers, cluster, actors, spare=spare)
+
+
+def wants_spare(suite: SuiteConfig, workers: WorkersConfig) -> bool:
+    """Whether a pool is to keep a spare actor (`WorkersConfig.spare`), as far as memory allows."""
+    if workers.spare is not None:
+        return workers.spare
+    return workers.kind is WorkerKind.ray and starts_slowly(suite)
 
 
 class LocalEnvs:
