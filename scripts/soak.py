@@ -2,10 +2,10 @@
 
     .venv/bin/python scripts/soak.py --iterations 200
 
-On the toy, with simulators and a spare in Ray actors. Every ``--every`` seconds a random simulator is killed or stopped, and every
-tenth time the whole run, which is then started again. The weights must be those of the run left in peace, the driver
-must not grow, and nothing may be left running. The last line on stdout is JSON; the exit status is 1 if a promise was
-broken. Linux only.
+On the toy, with simulators and a spare in Ray actors. Every ``--every`` seconds a random one of them is killed or
+stopped, and every tenth time the whole run, which is then started again. The weights must be those of the run left in
+peace, the driver must not grow, and nothing may be left running. The last line on stdout is JSON; the exit status is 1
+if a promise was broken. Linux only.
 """
 
 import argparse
