@@ -271,7 +271,7 @@ def measure(actor: Actor, envs: Envs, config: EvalConfig, record: Run, name: str
         found = dataclasses.replace(found, policy_sha256=digest)
         record.evaluation(found, env_steps)
         for incident in envs.take_incidents():
-            record.alarm(f"evaluation {part}", str(incident))
+            record.restart(f"evaluation {part}", incident)
         if found.quarantined:
             record.alarm(
                 f"evaluation {part}",

@@ -225,6 +225,7 @@ class RayEnvs:
                 recovery_s=time.monotonic() - noticed,
                 replayed_chunks=sum(len(played.chunks) for slot, played in wanted.items() if slot not in lost),
                 lost_episodes=len(lost),
+                quarantined=tuple(sorted({wanted[slot].state for slot, blamed in lost.items() if blamed})),
             )
         )
         # Now that nobody waits for the cores.

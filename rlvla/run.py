@@ -21,6 +21,7 @@ import yaml  # type: ignore[import-untyped, unused-ignore]
 from rlvla.compose import to_yaml
 from rlvla.config import ConfigError
 from rlvla.progress import Progress
+from rlvla.recovery import Incident
 
 RESUMABLE = ("train", "eval")
 FREE_TO_CHANGE = ("output", "device", "workers", "learners", "save_every", "keep_checkpoints", "max_minutes")
@@ -213,6 +214,11 @@ class Run:
         if not self.logged(row):
             self.log(row)
         self.progress.warn(f"{where}: {message}")
+
+    def restart(self, where: str, incident: Incident) -> None:
+        """A simulator was lost and replaced: an alarm to read, and a line to count."""
+        self.log({"kind": "restart", "where": where, **asdict(incident)})
+        self.alarm(where, str(incident))
 
     def write_json(self, name: str, content: Any) -> None:
         path = self.folder / name

@@ -218,6 +218,8 @@ def test_an_episode_that_kills_its_simulator_every_time_is_left_out_and_named(to
     assert lost == {3: True}
     assert ended == [0, 1, 2, 4, 5, 6, 7]
     assert [incident.lost_episodes for incident in incidents] == [1]
+    assert incidents[0].quarantined == (103,)
+    assert "left out from now on: initial state 103" in str(incidents[0])
     assert again == {0: True}
 
 
