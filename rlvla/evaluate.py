@@ -467,7 +467,7 @@ def run(config: EvaluateConfig) -> dict[str, Any]:
     envs = open_envs(config.suite, config.workers, config.cluster)
     try:
         require_match(policy.env_spec, envs.spec)
-        with Run.open(config, "eval", total=config.eval.trials) as record:
+        with Run.open(config, "eval", total=config.eval.trials, simulator=envs.versions) as record:
             record.require_policy(weights_digest(policy))
             own = measure(actor, envs, config.eval, record, "eval")
             summary = {

@@ -105,8 +105,8 @@ class RayEnvs:
             self.close()
             raise
         self._announced = specs[0]
-        self.group_size = int(specs[0]["group_size"])
-        self.spec = EnvSpec.from_dict({k: v for k, v in specs[0].items() if k != "group_size"})
+        self.group_size, self.versions = int(specs[0]["group_size"]), str(specs[0]["versions"])
+        self.spec = EnvSpec.from_dict({k: v for k, v in specs[0].items() if k not in ("group_size", "versions")})
         self.num_slots = num_actors * self._per_actor
         self._order_spare()
 

@@ -12,7 +12,7 @@ import numpy as np
 from jaxtyping import Float32, Int64
 
 from rlvla.config import ClusterConfig, WorkerKind, WorkersConfig
-from rlvla.hosts import group_size, require_expert
+from rlvla.hosts import group_size, require_expert, versions_abroad
 from rlvla.recovery import Incident
 from rlvla_envs.base import ChunkResult, Demonstration, EnvSpec, Filmable, Observation, SuiteConfig
 from rlvla_envs.suites import check_memory, check_suite, make_env, starts_slowly
@@ -53,6 +53,8 @@ class Envs(Protocol):
     """Slots restart together in groups of so many (`Grouped`); 1 almost everywhere."""
     slots_per_worker: int
     """Rounds in different workers run side by side: slot s lives in worker s // slots_per_worker."""
+    versions: str
+    """Of the interpreter that hosts the simulators, where that is another one; else empty."""
 
     def begin(self, todo: Round) -> Finish:
         """Send a round on its way. A worker that has one under way must not get another."""
@@ -120,6 +122,7 @@ class LocalEnvs:
         self._env = make_env(suite, num_slots)
         self.spec, self.num_slots, self.group_size = self._env.spec, num_slots, group_size(self._env)
         self.slots_per_worker = self.group_size
+        self.versions = versions_abroad(self._env)
 
     def begin(self, todo: Round) -> Finish:
         return lambda: self.advance(todo)

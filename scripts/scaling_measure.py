@@ -132,7 +132,7 @@ class _TimedEnvs:
     def __init__(self, envs: Envs, watch: _Watch) -> None:
         self._envs, self._watch = envs, watch
         self.spec, self.num_slots, self.group_size = envs.spec, envs.num_slots, envs.group_size
-        self.slots_per_worker = envs.slots_per_worker
+        self.slots_per_worker, self.versions = envs.slots_per_worker, envs.versions
 
     def begin(self, todo: Round) -> Finish:
         return lambda: self.advance(todo)

@@ -200,6 +200,8 @@ class VirtualEnvs:
         num_evaluation_states=1,
     )
 
+    versions = ""
+
     def __init__(self, plan: Plan, costs: Costs, todo: Episodes) -> None:
         self.plan, self.costs, self.todo = plan, costs, todo
         self.num_slots = plan.actors * plan.envs_per_actor
