@@ -25,7 +25,7 @@ from pathlib import Path
 
 from measure_memory import descendants, inheriting, name_of
 
-from rlvla.run import versions
+from rlvla.run import CLOCK, versions
 
 HOST = "ray::SimulatorHost"
 WORKERS = [
@@ -69,7 +69,7 @@ def main() -> None:
     until = time.monotonic() + 60 * arguments.minutes
     local = ["workers.kind=local", "workers.num_actors=1", "workers.envs_per_actor=8"]
     rlvla("train", *settings, *TRAIN, *local, f"output={peace}")
-    lives = disturb([*settings, *TRAIN, *WORKERS, f"output={war}"], arguments.every, arguments.seed, until)
+    lives = disturb([*settings, *TRAIN, *WORKERS], war, arguments.every, arguments.seed, until)
     time.sleep(5)
     left = [name_of(pid) for pid in inheriting(MARK)]
     rows = [json.loads(line) for line in (war / "metrics.jsonl").read_text().splitlines()]
@@ -121,10 +121,11 @@ def rlvla(*arguments: str) -> None:
     subprocess.run([sys.executable, "-m", "rlvla.cli", *arguments], check=True, stdout=subprocess.DEVNULL)
 
 
-def disturb(settings: list[str], every: float, seed: int, until: float) -> list[Watched]:
+def disturb(settings: list[str], run: Path, every: float, seed: int, until: float) -> list[Watched]:
     """Run to the end, with trouble; the lives of the run, the last one undisturbed to its end."""
     chance, lives = random.Random(seed), [Watched()]
-    process = start(settings)
+    settings = [*settings, f"output={run}"]
+    began, process = time.time(), start(settings)
     count, next_time = 0, time.monotonic() + every
     while process.poll() is None:
         time.sleep(0.5)
@@ -132,6 +133,9 @@ def disturb(settings: list[str], every: float, seed: int, until: float) -> list[
             os.killpg(process.pid, signal.SIGKILL)
             sys.exit("the soak took longer than --minutes")
         hosts = look(process.pid, lives[-1])
+        if not works(run, began):
+            # Whoever kills simulators faster than they start gets a run that gives up, and that is right.
+            next_time = time.monotonic() + every
         if time.monotonic() < next_time or not hosts:
             continue
         next_time = time.monotonic() + every
@@ -141,7 +145,7 @@ def disturb(settings: list[str], every: float, seed: int, until: float) -> list[
                 os.killpg(process.pid, signal.SIGKILL)
             process.wait()
             lives.append(Watched())
-            process = start(settings)
+            began, process = time.time(), start(settings)
             continue
         with suppress(ProcessLookupError):
             stop = chance.random() < 0.25
@@ -158,6 +162,13 @@ def start(settings: list[str]) -> "subprocess.Popen[bytes]":
     name, _, value = MARK.partition("=")
     environment = os.environ | {name: value}
     return subprocess.Popen(command, start_new_session=True, stdout=subprocess.DEVNULL, env=environment)
+
+
+def works(run: Path, since: float) -> bool:
+    """Whether a run has played episodes since then: it writes its clock down."""
+    with suppress(OSError):
+        return (run / CLOCK).stat().st_mtime > since
+    return False
 
 
 def look(driver: int, life: Watched) -> list[int]:
