@@ -47,7 +47,9 @@ def main(argv: list[str] | None = None) -> None:
             return
         _run(verb, overrides)
     except KeyboardInterrupt:
-        _stop("interrupted.", 130)
+        from rlvla.run import RESUMABLE
+
+        _stop("interrupted." + (" The same command goes on with this run." if verb in RESUMABLE else ""), 130)
     except Exception as error:
         if debug:
             raise

@@ -60,6 +60,7 @@ def connect(config: ClusterConfig, num_actors: int) -> Any:
             object_store_memory=OBJECT_STORE_BYTES,
             **quiet,
         )
+        _end_agents_with_this_process()
         return cast(Any, ray)
     try:
         ray.init(address=config.address, **quiet)
@@ -70,6 +71,35 @@ def connect(config: ClusterConfig, num_actors: int) -> Any:
             "choose another with cluster.token_file."
         ) from error
     return cast(Any, ray)
+
+
+_watchers: list["subprocess.Popen[bytes]"] = []
+"""One for each Ray that was started here. Their input is open as long as this process lives."""
+
+
+def _end_agents_with_this_process() -> None:
+    """See `rlvla.ray_agents`. In a session of its own: neither Ctrl-C nor the death of our process group reaches it."""
+    if not sys.platform.startswith("linux"):
+        return
+    _forget_watchers()
+    program = str(Path(__file__).with_name("ray_agents.py"))
+    _watchers.append(
+        subprocess.Popen(
+            [sys.executable, "-I", "-S", program, str(os.getpid())],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL,
+            start_new_session=True,
+        )
+    )
+
+
+def _forget_watchers() -> None:
+    """After Ray's orderly end they have nothing to do and are told so."""
+    while _watchers:
+        watcher = _watchers.pop()
+        watcher.kill()
+        watcher.communicate()
 
 
 class _Echo:
@@ -95,13 +125,14 @@ def check_ray(timeout_s: float) -> dict[str, Any]:
             raise RuntimeError("an actor of Ray gave a wrong answer.")
         return {"version": ray.__version__, "token": os.environ["RAY_AUTH_TOKEN_PATH"]}
     finally:
-        ray.shutdown()
+        disconnect(ray)
 
 
 def disconnect(ray: Any) -> None:
     """Leave Ray, and end it where it was started for this run. An actor lives in a Ray that is not its own."""
     if ray.get_runtime_context().get_actor_id() is None:
         ray.shutdown()
+        _forget_watchers()
 
 
 def node_address() -> str:

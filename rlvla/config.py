@@ -71,8 +71,18 @@ class WorkersConfig:
     """Simulators that died or hung are replaced and their episodes replayed, until it happens more often than this."""
     quarantine_after: int = 2
     """An initial state whose episode, replayed alone, killed its simulator so often is left out and named."""
+    spare: bool | None = None
+    """Keep one more actor, its simulators built, to take the place of one that is lost: a second or two instead of the
+    time that a start takes, for the memory of one more process. null: for suites that are slow to start, where memory
+    has room. Ray only."""
 
     def __post_init__(self) -> None:
+        _require(
+            not self.spare or self.kind is WorkerKind.ray,
+            "workers.spare",
+            "true",
+            "null or false with workers.kind=local: simulators in this process end with it",
+        )
         _require(self.start_timeout_s > 0, "workers.start_timeout_s", self.start_timeout_s, "positive")
         _require(
             self.max_restarts_per_hour >= 0, "workers.max_restarts_per_hour", self.max_restarts_per_hour, "0 or more"

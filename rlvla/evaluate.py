@@ -271,7 +271,7 @@ def measure(actor: Actor, envs: Envs, config: EvalConfig, record: Run, name: str
         found = dataclasses.replace(found, policy_sha256=digest)
         record.evaluation(found, env_steps)
         for incident in envs.take_incidents():
-            record.alarm(f"evaluation {part}", str(incident))
+            record.restart(f"evaluation {part}", incident)
         if found.quarantined:
             record.alarm(
                 f"evaluation {part}",
@@ -467,7 +467,7 @@ def run(config: EvaluateConfig) -> dict[str, Any]:
     envs = open_envs(config.suite, config.workers, config.cluster)
     try:
         require_match(policy.env_spec, envs.spec)
-        with Run.open(config, "eval", total=config.eval.trials) as record:
+        with Run.open(config, "eval", total=config.eval.trials, simulator=envs.versions) as record:
             record.require_policy(weights_digest(policy))
             own = measure(actor, envs, config.eval, record, "eval")
             summary = {

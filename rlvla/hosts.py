@@ -35,7 +35,7 @@ class SimulatorHost:
     def spec(self) -> dict[str, Any]:
         """Builds the simulators: here and not in the constructor, so that an error arrives as itself."""
         self._env = make_env(self._suite, self._num_envs)
-        return self._env.spec.to_dict() | {"group_size": group_size(self._env)}
+        return self._env.spec.to_dict() | {"group_size": group_size(self._env), "versions": versions_abroad(self._env)}
 
     def ready(self) -> str:
         """Answers as soon as the process runs, long before it has a simulator: the name of its machine."""
@@ -134,6 +134,11 @@ def unpack_demonstration(arrays: Arrays) -> Demonstration:
 
 def group_size(env: VecEnv) -> int:
     return env.group_size if isinstance(env, Grouped) else 1
+
+
+def versions_abroad(env: VecEnv) -> str:
+    """Of the interpreter that hosts the simulator (`rlvla_envs.foreign`); empty where it is this one."""
+    return str(getattr(env, "versions", ""))
 
 
 def require_expert(env: VecEnv) -> Demonstrator:

@@ -17,6 +17,7 @@ from rlvla.cluster import OBJECT_STORE_BYTES
 from rlvla.config import ConfigError, DoctorConfig, WorkerKind
 from rlvla.policies.footprint import Footprint, build_unallocated, footprint, guess_tokens, load_unallocated
 from rlvla.policies.qwen_vla import QwenVLA
+from rlvla.workers import wants_spare
 from rlvla_envs.base import ActionComponent, Camera, EnvSpec, SuiteConfig
 from rlvla_envs.suites import memory_estimate_mb
 
@@ -346,10 +347,12 @@ def simulator_items(config: DoctorConfig, world: World | None) -> Iterator[Item]
         environments = actors * workers.envs_per_actor
         yield Item(f"{environments} environments (estimate)", _simulators_mb(suite, environments, world) * MB)
         return
-    yield Item(
-        f"{actors} simulator processes of {workers.envs_per_actor} environments (estimate)",
-        actors * _simulators_mb(suite, workers.envs_per_actor, world) * MB,
-    )
+    each = _simulators_mb(suite, workers.envs_per_actor, world) * MB
+    yield Item(f"{actors} simulator processes of {workers.envs_per_actor} environments (estimate)", actors * each)
+    if wants_spare(suite, workers):
+        # Every learner rank has simulators of its own.
+        pools = config.learners.num
+        yield Item(f"{pools} spare simulator process{'es' if pools > 1 else ''} (estimate)", pools * each)
     yield Item("Ray and its object store", RAY_MB * MB + OBJECT_STORE_BYTES)
 
 
@@ -384,7 +387,14 @@ def _levers(config: DoctorConfig, policy: QwenVLA) -> list[_Lever]:
     """In order of what they cost."""
     algo, suite, unit = config.algo, config.suite, 2 * policy.config.vlm.patch_size
     sizes = range(suite.image_size - suite.image_size % unit, unit - 1, -unit)
+    spare = wants_spare(suite, config.workers)
     return [
+        _Lever(
+            "workers.spare",
+            "a lost simulator is back in the time of a start",
+            (False,) if spare else (),
+            lambda c, value: replace(c, workers=replace(c.workers, spare=value)),
+        ),
         _Lever(
             "algo.train_vlm",
             "the backbone stays as SFT left it",

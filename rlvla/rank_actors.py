@@ -13,7 +13,7 @@ from contextlib import redirect_stderr, suppress
 from pathlib import Path
 from typing import Any
 
-from rlvla.cluster import connect, node_address
+from rlvla.cluster import connect, disconnect, node_address
 from rlvla.config import ConfigError, LearnerBackend, TrainConfig
 from rlvla.ranks import RankLostError, join, leave
 from rlvla.run import check_output, pick_device
@@ -55,7 +55,7 @@ def run_ranks(config: TrainConfig) -> dict[str, Any]:
                         ) from lost
                     print(f"{lost}; starting the learners again from the newest checkpoint", file=sys.stderr)
     finally:
-        ray.shutdown()
+        disconnect(ray)
 
 
 def _gpus_for_each(config: TrainConfig, num_gpus: int) -> int:

@@ -23,6 +23,8 @@ from rlvla.workers import Finish, Reply, Round
 from rlvla_envs.base import ChunkResult, Demonstration, EnvSpec, Observation, SuiteConfig
 
 START_ATTEMPTS = 3
+SPARE_ANSWERS_S = 5.0
+"""Longest that an idle spare may take to say that it lives."""
 
 
 @dataclass(frozen=True)
@@ -63,11 +65,22 @@ class RayEnvs:
     Ray never restarts an actor or repeats a call for us: a repeated call would step a fresh simulator and
     return wrong results without an error. A simulator that died or missed its deadline is replaced here and its
     episodes are replayed (`rlvla.recovery`).
+
+    With ``spare`` one more actor builds its simulators while the others work, and then waits to take the place of one
+    that is lost; the next spare is built behind it. It reserves no CPU, holds no slot and is nobody's restart.
     """
 
     host_class: type[SimulatorHost] = SimulatorHost
 
-    def __init__(self, suite: SuiteConfig, workers: WorkersConfig, cluster: ClusterConfig, num_actors: int) -> None:
+    def __init__(
+        self,
+        suite: SuiteConfig,
+        workers: WorkersConfig,
+        cluster: ClusterConfig,
+        num_actors: int,
+        *,
+        spare: bool = False,
+    ) -> None:
         self._suite, self._workers = suite, workers
         self._per_actor = self.slots_per_worker = workers.envs_per_actor
         self._label = f"{suite.name} {suite.task}"
@@ -79,6 +92,9 @@ class RayEnvs:
         self._played: dict[int, Played] = {}
         self._incidents: list[Incident] = []
         self._actors: list[Any] = []
+        self._keeps_spare = spare
+        self._spare: tuple[Any, _Call] | None = None
+        """An actor, and the call that builds its simulators."""
         try:
             self._check_room(num_actors)
             specs = self._start_all(num_actors)
@@ -89,9 +105,10 @@ class RayEnvs:
             self.close()
             raise
         self._announced = specs[0]
-        self.group_size = int(specs[0]["group_size"])
-        self.spec = EnvSpec.from_dict({k: v for k, v in specs[0].items() if k != "group_size"})
+        self.group_size, self.versions = int(specs[0]["group_size"]), str(specs[0]["versions"])
+        self.spec = EnvSpec.from_dict({k: v for k, v in specs[0].items() if k not in ("group_size", "versions")})
         self.num_slots = num_actors * self._per_actor
+        self._order_spare()
 
     # --- rounds
 
@@ -208,8 +225,11 @@ class RayEnvs:
                 recovery_s=time.monotonic() - noticed,
                 replayed_chunks=sum(len(played.chunks) for slot, played in wanted.items() if slot not in lost),
                 lost_episodes=len(lost),
+                quarantined=tuple(sorted({wanted[slot].state for slot, blamed in lost.items() if blamed})),
             )
         )
+        # Now that nobody waits for the cores.
+        self._order_spare()
 
     def _replay(self, worker: int, wanted: dict[int, Played], begun: dict[int, int], pending: dict[int, int]) -> _Parts:
         """One slot after the other, so that a death has one name. Rows are those of restarts and of pending chunks."""
@@ -245,27 +265,71 @@ class RayEnvs:
         return made
 
     def _replace(self, worker: int) -> None:
-        """A fresh actor in the place of one that is gone. A node's death is noticed late: the first ones that Ray puts
-        there die too, so this goes on until ``start_timeout_s``."""
-        until = time.monotonic() + self._workers.start_timeout_s
-        pause = 0.1
-        while True:
-            with suppress(Exception):
-                self._ray.kill(self._actors[worker])
-            self._actors[worker] = self._create()
-            try:
-                announced = self._start([worker])[0]
-                break
-            except HostGoneError as error:
-                if time.monotonic() + pause > until:
-                    raise RuntimeError(f"simulator {worker} ({self._label}) cannot be replaced: {error}.") from error
-                time.sleep(pause)
-                pause *= 2
+        """Another actor in the place of one that is gone: the spare if there is one, else a fresh one."""
+        with suppress(Exception):
+            self._ray.kill(self._actors[worker])
+        announced = self._take_spare(worker) or self._start_another(worker)
         if announced != self._announced:
             raise RuntimeError(
                 f"simulator {worker} came back as another one: it announces {announced} and announced "
                 f"{self._announced} before. Were files of the suite changed while the run was going?"
             )
+
+    def _start_another(self, worker: int) -> dict[str, Any]:
+        """A node's death is noticed late: the first ones that Ray puts there die too, so this goes on until
+        ``start_timeout_s``."""
+        until = time.monotonic() + self._workers.start_timeout_s
+        pause = 0.1
+        while True:
+            self._actors[worker] = self._create(self._cpus)
+            try:
+                return self._start([worker])[0]
+            except HostGoneError as error:
+                with suppress(Exception):
+                    self._ray.kill(self._actors[worker])
+                if time.monotonic() + pause > until:
+                    raise RuntimeError(f"simulator {worker} ({self._label}) cannot be replaced: {error}.") from error
+                time.sleep(pause)
+                pause *= 2
+
+    # --- the spare
+
+    def _order_spare(self) -> None:
+        """Have a spare built, without waiting for it.
+
+        At normal priority: threads that a renderer starts keep the nice value of the thread that started them, and only
+        root could take it back when the spare has become one of those that everybody waits for.
+        """
+        if self._keeps_spare and self._spare is None:
+            actor = self._create(cpus=0)
+            limit = self._workers.start_timeout_s
+            self._spare = (actor, _Call(actor.spec.remote(), -1, 0, "starting", time.monotonic(), limit))
+
+    def _take_spare(self, worker: int) -> dict[str, Any] | None:
+        """Put the spare in a worker's place; what it announces, or None where there is no spare that answers."""
+        if self._spare is None:
+            return None
+        (actor, building), self._spare = self._spare, None
+        try:
+            announced: dict[str, Any] = self._answer(building)
+            # It may have died or hung since it was built, and an episode would be blamed for that.
+            self._answer(_Call(actor.ready.remote(), worker, 0, "waiting", time.monotonic(), SPARE_ANSWERS_S))
+        except Exception:
+            # If there is a reason, a fresh one will have it too and is asked in earnest.
+            with suppress(Exception):
+                self._ray.kill(actor)
+            return None
+        self._actors[worker] = actor
+        return announced
+
+    def wait_for_spare(self, timeout_s: float) -> bool:
+        """Whether there is a spare whose simulators are built, at the latest after so long. For measurements."""
+        if self._spare is None:
+            return False
+        built, _ = self._ray.wait([self._spare[1].reply], timeout=timeout_s)
+        return bool(built)
+
+    # --- what happened
 
     def take_incidents(self) -> list[Incident]:
         incidents, self._incidents = self._incidents, []
@@ -317,16 +381,16 @@ class RayEnvs:
             ) from why
 
     def close(self) -> None:
-        for actor in self._actors:
+        for actor in [*self._actors, *([self._spare[0]] if self._spare else [])]:
             with suppress(Exception):
                 self._ray.kill(actor)
-        self._actors = []
+        self._actors, self._spare = [], None
         disconnect(self._ray)
 
     # --- actors and calls
 
-    def _create(self) -> Any:
-        options = {"num_cpus": self._cpus, "max_restarts": 0, "max_task_retries": 0, "scheduling_strategy": "SPREAD"}
+    def _create(self, cpus: int) -> Any:
+        options = {"num_cpus": cpus, "max_restarts": 0, "max_task_retries": 0, "scheduling_strategy": "SPREAD"}
         host = self._ray.remote(**options)(self.host_class)
         return host.remote(self._suite, self._per_actor)
 
@@ -342,7 +406,7 @@ class RayEnvs:
     def _start_all(self, num_actors: int) -> list[dict[str, Any]]:
         """One that dies while starting may have been killed by anybody; one that always does has a reason."""
         for attempt in range(START_ATTEMPTS):
-            self._actors = [self._create() for _ in range(num_actors)]
+            self._actors = [self._create(self._cpus) for _ in range(num_actors)]
             try:
                 return self._start(range(num_actors))
             except HostGoneError as why:

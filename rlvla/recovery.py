@@ -36,12 +36,16 @@ class Incident:
     """From noticing to the pending chunk's result."""
     replayed_chunks: int
     lost_episodes: int
+    quarantined: tuple[int, ...] = ()
+    """Initial states that killed it once too often and are not played again."""
 
     def __str__(self) -> str:
         lost = f", {self.lost_episodes} episodes lost" if self.lost_episodes else ""
+        states = ", ".join(map(str, self.quarantined))
+        left_out = f"; left out from now on: initial state {states}" if states else ""
         return (
             f"simulator {self.worker} {self.why}: replaced in {self.recovery_s:.1f} s, "
-            f"{self.replayed_chunks} chunks replayed{lost}"
+            f"{self.replayed_chunks} chunks replayed{lost}{left_out}"
         )
 
 

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from rlvla.report_evidence import learning_curve_section, pairs_section, success_section, videos_section
-from rlvla.report_health import alarms_section, health_section, time_section
+from rlvla.report_health import alarms_section, health_section, restarts_section, time_section
 from rlvla.report_page import (
     PAGE_CSS,
     SCRIPT,
@@ -62,6 +62,7 @@ def render(run: RunFolder) -> str:
         videos_section(run),
         health_section(run),
         alarms_section(run),
+        restarts_section(run),
         time_section(run),
         _settings(run),
         _details(run),

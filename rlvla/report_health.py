@@ -7,7 +7,7 @@ from html import escape
 from typing import Any
 
 from rlvla.report_page import html_figure, html_missing, html_section, html_table
-from rlvla.run_folder import RunFolder, number_in
+from rlvla.run_folder import RunFolder, list_in, number_in
 from rlvla.svg import (
     Format,
     Interval,
@@ -201,6 +201,44 @@ def alarms_section(run: RunFolder) -> str:
         where, what = str(alarm.get("where")), str(alarm.get("message"))
         items += f"<li><b>{escape(where)}</b> {escape(what)}</li>"
     return html_section("Alarms", f"<ul>{items}</ul>" if items else "<p>None.</p>")
+
+
+def restarts_section(run: RunFolder) -> str:
+    """What was lost while the run went, what that cost, and what is no longer played."""
+    losses = [alarm for alarm in run.alarms if str(alarm.get("where")).startswith(LEARNERS_LOST)]
+    if not run.trains and not run.restarts:
+        return ""
+
+    def total(key: str) -> str:
+        return number(sum(number_in(row, key) or 0.0 for row in run.restarts))
+
+    rows = []
+    if run.restarts:
+        workers = sorted({str(row.get("worker")) for row in run.restarts})
+        what = f"simulator {escape(', '.join(workers))}"
+        costs = [total(key) for key in ("recovery_s", "replayed_chunks", "lost_episodes")]
+        rows.append((what, str(len(run.restarts)), *costs))
+    if losses:
+        rows.append(("all learners, from the newest checkpoint", str(len(losses)), "–", "–", "–"))
+    if not rows:
+        return html_section("Restarts", "<p>None: no simulator and no learner was lost.</p>")
+    head = ("what", "times", "seconds until it was back", "chunks played again", "episodes lost")
+    left_out = _quarantined(run)
+    note = (
+        f"<p>Initial states that killed their simulator and were left out: <b>{left_out}</b>.</p>" if left_out else ""
+    )
+    return html_section("Restarts", html_table(rows, head, "numbers") + note, "Why is under Alarms.")
+
+
+LEARNERS_LOST = "restart "
+"""What `rlvla.train.lead` calls the loss of a learner rank."""
+
+
+def _quarantined(run: RunFolder) -> str:
+    """States left out of rollouts, and those that evaluations counted as failures."""
+    records = [*run.restarts, *run.evaluations.values()]
+    states = {state for record in records for state in list_in(record, "quarantined") if isinstance(state, int)}
+    return ", ".join(map(str, sorted(states)))
 
 
 def time_section(run: RunFolder) -> str:

@@ -21,6 +21,7 @@ import yaml  # type: ignore[import-untyped, unused-ignore]
 from rlvla.compose import to_yaml
 from rlvla.config import ConfigError
 from rlvla.progress import Progress
+from rlvla.recovery import Incident
 
 RESUMABLE = ("train", "eval")
 FREE_TO_CHANGE = ("output", "device", "workers", "learners", "save_every", "keep_checkpoints", "max_minutes")
@@ -65,8 +66,11 @@ class Run:
         self.progress.start(title, total)
 
     @classmethod
-    def open(cls, config: Any, verb: str, *, total: int) -> Self:
+    def open(cls, config: Any, verb: str, *, total: int, simulator: str = "") -> Self:
         """Create the folder and write what is known before anything runs; or go on in the folder of an unfinished run.
+
+        Args:
+            simulator: versions of the interpreter that hosts it, if that is another one (`rlvla.workers.Envs`).
 
         Raises:
             ConfigError: as `check_output`, or another process is writing there.
@@ -80,7 +84,7 @@ class Run:
             resumed = check_output(config, verb)
             if not resumed:
                 _write_synced(folder / "config.yaml", to_yaml(config))
-                _write_synced(folder / "versions.json", json.dumps(versions(), indent=2) + "\n")
+                _write_synced(folder / "versions.json", json.dumps(versions(simulator), indent=2) + "\n")
                 # Last: with it the run has begun, without it there is nothing to keep.
                 _write_synced(folder / "run.json", json.dumps({"verb": verb}) + "\n")
         except OSError as error:
@@ -92,7 +96,7 @@ class Run:
         record = cls(folder, title, total, lock=lock, resumed=resumed)
         if resumed:
             record.progress.note(f"{folder} holds an unfinished run; going on with it")
-            record._note_versions()
+            record._note_versions(versions(simulator))
             for left in folder.glob(".policy.*"):
                 shutil.rmtree(left, ignore_errors=True)
         return record
@@ -173,10 +177,10 @@ class Run:
             return max(logged, float((self.folder / CLOCK).read_text()))
         return logged
 
-    def _note_versions(self) -> None:
+    def _note_versions(self, now: Mapping[str, str]) -> None:
         """Say when a run goes on with other software or another machine: bits may differ from here on."""
         path = self.folder / "versions.json"
-        known, now = json.loads(path.read_text()), versions()
+        known = json.loads(path.read_text())
         latest = known.get("resumed_with", [known])[-1]
         changed = [f"{key} {latest.get(key)} -> {value}" for key, value in now.items() if latest.get(key) != value]
         if changed:
@@ -213,6 +217,11 @@ class Run:
         if not self.logged(row):
             self.log(row)
         self.progress.warn(f"{where}: {message}")
+
+    def restart(self, where: str, incident: Incident) -> None:
+        """A simulator was lost and replaced: an alarm to read, and a line to count."""
+        self.log({"kind": "restart", "where": where, **asdict(incident)})
+        self.alarm(where, str(incident))
 
     def write_json(self, name: str, content: Any) -> None:
         write_json(self.folder / name, content)
@@ -350,14 +359,16 @@ def pick_device(name: str) -> str:
     return name
 
 
-def versions() -> dict[str, str]:
-    """Of everything that can change a result."""
+def versions(simulator: str = "") -> dict[str, str]:
+    """Of everything that can change a result; ``simulator`` is what another interpreter says of itself."""
     from importlib.metadata import PackageNotFoundError, version
 
     found = {"python": sys.version.split()[0], "platform": platform.platform(), "cpu": _cpu_name()}
     for package in RECORDED_PACKAGES:
         with contextlib.suppress(PackageNotFoundError):
             found[package.replace("-", "_")] = version(package)
+    if simulator:
+        found["simulator"] = simulator
     found["git_commit"] = _git_commit()
     return found
 

@@ -26,6 +26,8 @@ class RunFolder:
     summary: Record
     iterations: Sequence[Record]
     alarms: Sequence[Record]
+    restarts: Sequence[Record]
+    """Of simulators, one line each: no two are the same."""
     evaluation_points: Sequence[Record]
     evaluations: Mapping[str, Record]
     comparison: Record
@@ -69,6 +71,7 @@ def read_run(path: Path) -> RunFolder:
         # Whoever repeats an iteration repeats it with the same result: the last line counts.
         iterations=_last_of_each(lines, "iteration", ("iteration",)),
         alarms=_last_of_each(lines, "alarm", ("where", "message")),
+        restarts=[line for line in lines if line.get("kind") == "restart"],
         evaluation_points=_last_of_each(lines, "evaluation", ("name",)),
         evaluations=evaluations,
         comparison=_read_json(path / "comparison.json", problems, {}),

@@ -100,7 +100,7 @@ def lead(config: TrainConfig, group: Group, losses: Sequence[str] = ()) -> dict[
     try:
         require_match(policy.env_spec, envs.spec)
         check_weights(config, envs.spec)
-        with Run.open(config, "train", total=config.iterations) as record:
+        with Run.open(config, "train", total=config.iterations, simulator=envs.versions) as record:
             record.require_policy(weights_digest(policy))
             checkpoints = Checkpoints(record.folder / "checkpoints", config.keep_checkpoints)
 
@@ -184,7 +184,7 @@ def lead(config: TrainConfig, group: Group, losses: Sequence[str] = ()) -> dict[
                 record.progress.iteration(row)
                 sound_alarms(record, row, config.algo)
                 for incident in incidents:
-                    record.alarm(f"iteration {iteration}", str(incident))
+                    record.restart(f"iteration {iteration}", incident)
                 measured: Evaluation | None = None
                 if config.eval.every and (iteration + 1) % config.eval.every == 0:
                     collector.drain()

@@ -12,10 +12,10 @@ import numpy as np
 from jaxtyping import Float32, Int64
 
 from rlvla.config import ClusterConfig, WorkerKind, WorkersConfig
-from rlvla.hosts import group_size, require_expert
+from rlvla.hosts import group_size, require_expert, versions_abroad
 from rlvla.recovery import Incident
 from rlvla_envs.base import ChunkResult, Demonstration, EnvSpec, Filmable, Observation, SuiteConfig
-from rlvla_envs.suites import check_memory, check_suite, make_env
+from rlvla_envs.suites import check_memory, check_suite, make_env, starts_slowly
 
 
 @dataclass(frozen=True)
@@ -53,6 +53,8 @@ class Envs(Protocol):
     """Slots restart together in groups of so many (`Grouped`); 1 almost everywhere."""
     slots_per_worker: int
     """Rounds in different workers run side by side: slot s lives in worker s // slots_per_worker."""
+    versions: str
+    """Of the interpreter that hosts the simulators, where that is another one; else empty."""
 
     def begin(self, todo: Round) -> Finish:
         """Send a round on its way. A worker that has one under way must not get another."""
@@ -91,12 +93,26 @@ def open_envs(suite: SuiteConfig, workers: WorkersConfig, cluster: ClusterConfig
         check_memory(suite, actors * per_actor, 1)
         return LocalEnvs(suite, actors * per_actor)
     cluster = cluster or ClusterConfig()
+    spare = wants_spare(suite, workers)
     if cluster.address is None:
-        check_memory(suite, per_actor, actors)
+        check_memory(suite, per_actor, actors, spare=workers.spare is True)
+        if spare:
+            try:
+                check_memory(suite, per_actor, actors, spare=True)
+            except ValueError:
+                # Nobody asked for it.
+                spare = False
     # Ray is imported where it is used, and only then.
     from rlvla.ray_envs import RayEnvs
 
-    return RayEnvs(suite, workers, cluster, actors)
+    return RayEnvs(suite, workers, cluster, actors, spare=spare)
+
+
+def wants_spare(suite: SuiteConfig, workers: WorkersConfig) -> bool:
+    """Whether a pool is to keep a spare actor (`WorkersConfig.spare`), as far as memory allows."""
+    if workers.spare is not None:
+        return workers.spare
+    return workers.kind is WorkerKind.ray and starts_slowly(suite)
 
 
 class LocalEnvs:
@@ -106,6 +122,7 @@ class LocalEnvs:
         self._env = make_env(suite, num_slots)
         self.spec, self.num_slots, self.group_size = self._env.spec, num_slots, group_size(self._env)
         self.slots_per_worker = self.group_size
+        self.versions = versions_abroad(self._env)
 
     def begin(self, todo: Round) -> Finish:
         return lambda: self.advance(todo)

@@ -54,6 +54,18 @@ def name_of(pid: int) -> str:
         return ""
 
 
+def inheriting(variable: str) -> list[int]:
+    """Processes whose environment has ``NAME=value``: what a command started, even if its parents are gone."""
+    found = []
+    for environment in Path("/proc").glob("[0-9]*/environ"):
+        try:
+            if variable.encode() in environment.read_bytes().split(b"\0"):
+                found.append(int(environment.parent.name))
+        except OSError:
+            continue
+    return found
+
+
 def pss_kb(pid: int) -> int:
     try:
         text = Path(f"/proc/{pid}/smaps_rollup").read_text()

@@ -1,6 +1,7 @@
 """What `scaling_model` needs, measured: rlvla's own rollout and learner with a stop-watch at their two borders."""
 
 import json
+import math
 import os
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -11,15 +12,19 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from scaling_model import Costs, Plan, Prediction, simulate
+from scaling_model import Costs, Plan, Prediction, UpdateDevice, simulate
+from scaling_model import Schedule as ModelSchedule
 from scipy.optimize import nnls
 
 from rlvla.acting import Actor, Thought
-from rlvla.config import TrainConfig, WorkerKind
+from rlvla.config import Schedule, TrainConfig, WorkerKind
 from rlvla.learner import Learner
 from rlvla.mixing import task_weights, training_states
+from rlvla.pipeline import make_collector
 from rlvla.policies.base import ValueHead
 from rlvla.policies.folder import load_policy
+from rlvla.policies.qwen_vla import QwenVLA
+from rlvla.ranks import ALONE
 from rlvla.recovery import Incident
 from rlvla.rollout import collect
 from rlvla.run import pick_device
@@ -27,6 +32,7 @@ from rlvla.run_folder import read_run
 from rlvla.seeding import seed_torch
 from rlvla.train import add_advantages
 from rlvla.workers import Envs, Finish, Reply, Round, open_envs
+from rlvla_algos.flow import Schedule as FlowSchedule
 from rlvla_algos.flow import flow_sde_schedule
 from rlvla_envs.base import Demonstration, Observation
 
@@ -50,18 +56,27 @@ class Measured:
     envs_per_actor: int
     iterations: int
     rollout_s: float
-    """Mean over the iterations, as the four below."""
+    """Mean over the iterations, as the four below; with async only what the learner waited for it."""
     update_s: float
     decisions: float
     env_steps: float
     epochs: float
     load: float
     """Load average when they ended, these included; 0 where nobody noted it."""
+    schedule: str = "sync"
+
+    @property
+    def overlaps(self) -> bool:
+        return self.schedule == ModelSchedule.one_off.value
+
+    @property
+    def iteration_s(self) -> float:
+        return self.rollout_s + self.update_s
 
     @property
     def steps_per_s(self) -> float:
-        """`speed/env_steps_per_s`: over the rollout alone."""
-        return self.env_steps / self.rollout_s
+        """`speed/env_steps_per_s`: over the rollout alone, or with async over the iteration."""
+        return self.env_steps / (self.iteration_s if self.overlaps else self.rollout_s)
 
 
 @dataclass(frozen=True)
@@ -75,19 +90,22 @@ class Calibration:
     inference_batch: int
     measured: Measured
 
-    def plan(self, *, actors: int, envs_per_actor: int, episodes: int, epochs: float, minibatch: int) -> Plan:
+    def plan(self, layout: Measured, *, episodes: int, minibatch: int) -> Plan:
         """One process on this machine, as `rlvla train` runs here."""
         return Plan(
-            actors=actors,
-            envs_per_actor=envs_per_actor,
+            schedule=ModelSchedule(layout.schedule),
+            update_device=UpdateDevice.interleaved if layout.overlaps else UpdateDevice.exclusive,
+            actors=layout.actors,
+            envs_per_actor=layout.envs_per_actor,
             cores=os.cpu_count() or 1,
             inference_on_core=True,
+            update_on_cores=True,
             inference_batch=self.inference_batch,
             episodes=episodes,
             decisions=self.decisions,
             chunk_steps=self.chunk_steps,
             prompt_shares=self.prompt_shares,
-            epochs=epochs,
+            epochs=layout.epochs,
             minibatch=minibatch,
         )
 
@@ -132,7 +150,7 @@ class _TimedEnvs:
     def __init__(self, envs: Envs, watch: _Watch) -> None:
         self._envs, self._watch = envs, watch
         self.spec, self.num_slots, self.group_size = envs.spec, envs.num_slots, envs.group_size
-        self.slots_per_worker = envs.slots_per_worker
+        self.slots_per_worker, self.versions = envs.slots_per_worker, envs.versions
 
     def begin(self, todo: Round) -> Finish:
         return lambda: self.advance(todo)
@@ -204,6 +222,100 @@ def read_measured(run: Path) -> Measured:
         env_steps=mean("rollout/env_steps"),
         epochs=mean("ppo/epochs"),
         load=0.0,
+        schedule=str(folder.setting("schedule") or "sync"),
+    )
+
+
+@dataclass(frozen=True)
+class _Trainer:
+    """What trains in a measurement. The update changes no weight, so that every iteration plays the same policy."""
+
+    config: TrainConfig
+    device: str
+    policy: QwenVLA
+    value_head: ValueHead
+    schedule: FlowSchedule
+    learner: Learner
+
+    @classmethod
+    def of(cls, config: TrainConfig, iterations: int) -> "_Trainer":
+        device = pick_device(config.device)
+        seed_torch(config.seed)
+        algo = replace(
+            config.algo, critic_only_iterations=0, min_successes=0, policy_lr=1e-12, vlm_lr=1e-12, value_lr=1e-12
+        )
+        config = replace(config, algo=algo, iterations=iterations)
+        policy = load_policy(Path(config.policy), device)
+        value_head = ValueHead(policy.value_size, algo.value_hidden_sizes).to(device)
+        schedule = flow_sde_schedule(policy.num_denoising_steps, algo.noise_level).to(device)
+        learner = Learner(policy, value_head, algo, schedule, seed=config.seed, total_iterations=iterations)
+        return cls(config, device, policy, value_head, schedule, learner)
+
+    def states(self, envs: Envs, number: int, iteration: int) -> list[int]:
+        weights = task_weights(self.config, envs.spec.task_names(), dict.fromkeys(envs.spec.task_names(), 0.0))
+        return training_states(envs.spec, weights, number, seed=self.config.seed, iteration=iteration)
+
+
+def measure_schedule(
+    config: TrainConfig,
+    schedule: Schedule,
+    *,
+    actors: int,
+    envs_per_actor: int,
+    episodes: int,
+    iterations: int,
+    first: int,
+) -> Measured:
+    """Seconds of iterations under a schedule, by the collectors that `rlvla train` uses, after one that warms up.
+
+    With async a counted iteration goes from one rollout's arrival to the next one's: an update of the one beside the
+    rollout of the next, and no first rollout that has nothing beside it.
+    """
+    last = first + iterations
+    trainer = _Trainer.of(replace(config, schedule=schedule), last + 1)
+    envs = open_envs(config.suite, replace(config.workers, num_actors=actors, envs_per_actor=envs_per_actor))
+    actor = Actor(trainer.policy, block=config.inference_batch, device=trainer.device)
+    overlaps = schedule is Schedule["async"]
+    rollout_s, update_s, epochs = [], [], []
+    decisions = env_steps = 0
+    collector = make_collector(
+        trainer.config, ALONE, trainer.policy, trainer.value_head, envs, trainer.schedule, actor, lambda _: None
+    )
+
+    def states(iteration: int) -> list[int]:
+        return trainer.states(envs, episodes if iteration >= first else actors * envs_per_actor, iteration)
+
+    try:
+        for iteration in range(first - 1, last + overlaps):
+            started = time.perf_counter()
+            rollout = collector.take(iteration, states)
+            collected = time.perf_counter()
+            # The first counted rollout of async is what the warm-up's update ran beside: the next one's wait counts.
+            if iteration >= first + overlaps:
+                rollout_s.append(collected - started)
+            if iteration == last:
+                break
+            add_advantages(rollout, trainer.config.algo)
+            updated = trainer.learner.update(rollout, iteration)
+            if iteration >= first:
+                update_s.append(time.perf_counter() - collected)
+                epochs.append(updated["ppo/epochs"])
+                decisions += int(rollout["valid"].sum())
+                env_steps += int(rollout["next", "executed_steps"].sum())
+    finally:
+        collector.close()
+        envs.close()
+    return Measured(
+        actors=actors,
+        envs_per_actor=envs_per_actor,
+        iterations=iterations,
+        rollout_s=float(np.mean(rollout_s)),
+        update_s=float(np.mean(update_s)),
+        decisions=decisions / iterations,
+        env_steps=env_steps / iterations,
+        epochs=float(np.mean(epochs)),
+        load=os.getloadavg()[0],
+        schedule=schedule.value,
     )
 
 
@@ -217,9 +329,7 @@ def measure(
     first: int,
     cpu_time: bool = False,
 ) -> Calibration:
-    """Run iterations of ``config`` on a layout, after one that warms up.
-
-    The update changes no weight, so every iteration plays the same policy; its epochs all run.
+    """What things cost: run iterations of ``config`` on a layout under `sync`, after one that warms up.
 
     Args:
         first: number of the first counted iteration. Calibrate and check with different ones: the same number has the
@@ -228,16 +338,9 @@ def measure(
             that pass. What other jobs take does not count, so it tells the costs of an idle machine on a busy one; the
             update is taken to be as many times faster as there are cores.
     """
-    device = pick_device(config.device)
-    seed_torch(config.seed)
-    algo = replace(
-        config.algo, critic_only_iterations=0, min_successes=0, policy_lr=1e-12, vlm_lr=1e-12, value_lr=1e-12
-    )
-    policy = load_policy(Path(config.policy), device)
-    value_head = ValueHead(policy.value_size, algo.value_hidden_sizes).to(device)
-    schedule = flow_sde_schedule(policy.num_denoising_steps, algo.noise_level).to(device)
-    learner = Learner(policy, value_head, algo, schedule, seed=config.seed, total_iterations=first + iterations)
-    actor = _TimedActor(policy, block=config.inference_batch, device=device)
+    trainer = _Trainer.of(config, first + iterations)
+    algo = trainer.config.algo
+    actor = _TimedActor(trainer.policy, block=config.inference_batch, device=trainer.device)
     workers = replace(config.workers, num_actors=actors, envs_per_actor=envs_per_actor)
     watch = _Watch()
     threads, cores = torch.get_num_threads(), os.cpu_count() or 1
@@ -252,26 +355,24 @@ def measure(
     env_steps = 0
     envs = open_envs(config.suite, workers)
     try:
-        weights = task_weights(config, envs.spec.task_names(), dict.fromkeys(envs.spec.task_names(), 0.0))
         for iteration in range(first - 1, first + iterations):
             warm = iteration >= first
             actor.watch = watch if warm else _Watch()
-            number = episodes if warm else actors * envs_per_actor
-            states = training_states(envs.spec, weights, number, seed=config.seed, iteration=iteration)
+            states = trainer.states(envs, episodes if warm else actors * envs_per_actor, iteration)
             started = watch.clock()
             rollout = collect(
                 actor,
-                value_head,
+                trainer.value_head,
                 _TimedEnvs(envs, actor.watch),
                 states,
-                schedule=schedule,
+                schedule=trainer.schedule,
                 key=(config.seed, iteration),
                 store_context=not algo.train_vlm,
                 value_final=algo.bootstrap_time_limit,
             )
             collected = watch.clock()
             add_advantages(rollout, algo)
-            updated = learner.update(rollout, iteration)
+            updated = trainer.learner.update(rollout, iteration)
             ended = watch.clock()
             if warm:
                 rollout_s.append(collected - started)
@@ -339,24 +440,21 @@ class Check:
 
     @property
     def ratios(self) -> dict[str, float]:
-        """Predicted / measured."""
+        """Predicted / measured. Of a rollout that overlaps with the update nobody measured the seconds: NaN."""
+        measured, predicted = self.measured, self.predicted
+        seconds = predicted.iteration_s if measured.overlaps else predicted.rollout_s
         return {
-            "env_steps": self.predicted.env_steps / self.measured.env_steps,
-            "rollout_s": self.predicted.rollout_s / self.measured.rollout_s,
-            "update_s": self.predicted.update_s / self.measured.update_s,
-            "steps_per_s": self.predicted.env_steps / self.predicted.rollout_s / self.measured.steps_per_s,
+            "env_steps": predicted.env_steps / measured.env_steps,
+            "rollout_s": math.nan if measured.overlaps else predicted.rollout_s / measured.rollout_s,
+            "update_s": predicted.update_s / measured.update_s,
+            "steps_per_s": predicted.env_steps / seconds / measured.steps_per_s,
+            "iteration_s": predicted.iteration_s / measured.iteration_s,
         }
 
 
 def check(label: str, calibration: Calibration, measured: Measured, episodes: int, minibatch: int) -> Check:
     """Predict what was measured, from costs and episodes of the calibration alone."""
-    plan = calibration.plan(
-        actors=measured.actors,
-        envs_per_actor=measured.envs_per_actor,
-        episodes=episodes,
-        epochs=measured.epochs,
-        minibatch=minibatch,
-    )
+    plan = calibration.plan(measured, episodes=episodes, minibatch=minibatch)
     return Check(label, measured, simulate(plan, calibration.costs, iterations=DRAWS))
 
 

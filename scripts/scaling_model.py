@@ -101,6 +101,8 @@ class Plan:
     update_device: UpdateDevice = UpdateDevice.exclusive
     inference_on_core: bool = False
     """No GPU: inference takes one of the simulators' cores."""
+    update_on_cores: bool = False
+    """No GPU: the update takes all of the simulators' cores, minibatch by minibatch, and waits for them as they do."""
     actors: int = 1
     envs_per_actor: int = 1
     cores: int = 1
@@ -137,6 +139,12 @@ class Plan:
             "at least 1 with update_device=own, else None",
         )
         _require(not (own and self.inference_on_core), "update_device", "own", "another where inference is on a core")
+        _require(
+            not self.update_on_cores or self.inference_on_core,
+            "update_on_cores",
+            True,
+            "False where inference has a device: the update has it too",
+        )
         _require(
             self.schedule is not Schedule.pingpong or self.actors >= 2,
             "actors",
@@ -430,9 +438,11 @@ class _Training:
         reduced(0)
 
     def _on_every_learner(self, seconds: float, then: Then) -> None:
-        served = _barrier(len(self._learners), then)
-        for learner in self._learners:
-            learner.serve(seconds, served)
+        # Threads of one minibatch, on every core of every rank.
+        workers = self._cores * self._plan.cores if self._plan.update_on_cores else self._learners
+        served = _barrier(len(workers), then)
+        for worker in workers:
+            worker.serve(seconds, served)
 
     def _busy(self) -> tuple[float, float]:
         """Seconds of all devices and of all cores."""

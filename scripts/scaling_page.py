@@ -1,5 +1,6 @@
 """docs/benchmarks/scaling.md: assumptions, predictions and validations as tables."""
 
+import math
 import textwrap
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -181,19 +182,22 @@ def validation_table(saved: Mapping[str, Any]) -> str:
     rows = [
         [
             found.label,
+            m.schedule,
             f"{m.actors} x {m.envs_per_actor}",
             str(m.iterations),
             f"{m.load:.1f}" if m.load else "not noted",
             f"{m.rollout_s:.1f}",
             f"{m.update_s:.1f}",
             f"{m.steps_per_s:.0f}",
-            *(f"{value:.2f}" for value in found.ratios.values()),
+            *("-" if math.isnan(value) else f"{value:.2f}" for value in found.ratios.values()),
         ]
         for found in checks_of(saved)
         for m in [found.measured]
     ]
-    head = ["row", "actors x envs", "iterations", "load", "rollout s", "update s", "steps/s"]
-    return table([*head, *(f"{name} ratio" for name in ("env steps", "rollout", "update", "steps/s"))], rows)
+    head = ["row", "schedule", "actors x envs", "iterations", "load", "rollout s", "update s", "steps/s"]
+    return table(
+        [*head, *(f"{name} ratio" for name in ("env steps", "rollout", "update", "steps/s", "iteration"))], rows
+    )
 
 
 def validation(saved: Mapping[str, Any]) -> str:
@@ -400,8 +404,8 @@ cores after a measurement. The machine was never quiet, which leaves two ways:
   taken to be twice as fast on two cores. It predicts an idle machine and is compared with runs that were recorded
   when the machine was quieter, not idle."""
 
-LEFT_OUT = """* `pingpong`, `async` and several learners as they will be built: the model follows their design. Only
-  `sync` on one process is validated.
+LEFT_OUT = """* Several learners. Only `sync` on one process is validated so far; `--validate RUN --checks 2x4 --schedules sync
+  pingpong async` runs and predicts the other two as well, where the update and the simulators share the cores.
 * Suites whose slots restart in groups (`physx_cuda`), simulation on the GPU, simulators on other hosts than the GPU.
 * A pass of the VLM over final observations with `algo.bootstrap_time_limit`, evaluations, checkpoints, GPU memory.
 * `async` with two groups, which would combine both gains.
@@ -414,7 +418,7 @@ def conclusions(saved: Sequence[Mapping[str, Any]]) -> str:
     lines = []
     for cpu_time, costs in ((True, "in CPU time"), (False, "by the wall clock of a busy machine")):
         rows = [c for v in saved if v["cpu_time"] is cpu_time for c in checks_of(v)]
-        ratios = [c.ratios for c in rows if c.label != CALIBRATION]
+        ratios = [c.ratios for c in rows if c.label != CALIBRATION and c.measured.schedule == "sync"]
         if not ratios:
             continue
         ranges = {key: f"{min(r[key] for r in ratios):.2f} to {max(r[key] for r in ratios):.2f}" for key in ratios[0]}
@@ -423,8 +427,15 @@ def conclusions(saved: Sequence[Mapping[str, Any]]) -> str:
             f"seconds {ranges['rollout_s']} (the length of episodes is a part of that), update's seconds "
             f"{ranges['update_s']}; {len(ratios)} rows."
         )
+    others = [c for v in saved for c in checks_of(v) if c.measured.schedule != "sync"]
+    for schedule in dict.fromkeys(c.measured.schedule for c in others):
+        found = [c.ratios["iteration_s"] for c in others if c.measured.schedule == schedule]
+        lines.append(
+            f"* Of `{schedule}` there: an iteration's seconds {min(found):.2f} to {max(found):.2f}; {len(found)} rows."
+        )
+    names = " and ".join(f"`{name}`" for name in ("sync", *dict.fromkeys(c.measured.schedule for c in others)))
     lines.append(
-        "* That is `sync` on one process without a GPU. **All that follows is a prediction from assumed costs that "
+        f"* That is {names} on one process without a GPU. **All that follows is a prediction from assumed costs that "
         "nothing has checked**: read it as an order, not as numbers."
     )
     for gpus in (1, 8):

@@ -3,13 +3,14 @@
     .venv/bin/python scripts/simulate_scaling.py --table
     .venv/bin/python scripts/simulate_scaling.py --measure RUN [--layout 1x4]
     .venv/bin/python scripts/simulate_scaling.py --validate RUN --checks 1x8 2x4 [--recorded RUN ...]
+    .venv/bin/python scripts/simulate_scaling.py --validate RUN --checks 2x4 --schedules sync pingpong async
     .venv/bin/python scripts/simulate_scaling.py --page
 
 RUN is the output folder of an `rlvla train`: it names suite, policy and algorithm. --measure runs a few short
 iterations on one layout (ACTORSxENVIRONMENTS) and prints what each thing costs. --validate does so, predicts other
-layouts from it, runs those too and prints predicted / measured. --recorded predicts what finished runs noted in
-metrics.jsonl; on a busy machine add --cpu-time. --page writes docs/benchmarks/scaling.md from the saved validations and
-the tables. The last line on stdout is JSON.
+layouts from it, runs those too, under each of --schedules, and prints predicted / measured. --recorded predicts what
+finished runs noted in metrics.jsonl; on a busy machine add --cpu-time. --page writes docs/benchmarks/scaling.md from
+the saved validations and the tables. The last line on stdout is JSON.
 """
 
 import argparse
@@ -24,9 +25,17 @@ from typing import Any
 
 warnings.filterwarnings("ignore")
 
-from scaling_measure import checks_of, measure, read_config, read_measured  # noqa: E402
+from scaling_measure import (  # noqa: E402
+    Check,
+    checks_of,
+    measure,
+    measure_schedule,
+    read_config,
+    read_measured,
+)
 from scaling_page import PAGE, ROOT, SETUPS, grid, knee, knees, render, validation_table  # noqa: E402
 
+from rlvla.config import Schedule  # noqa: E402
 from rlvla.run import versions  # noqa: E402
 from rlvla.run_folder import read_run  # noqa: E402
 
@@ -48,6 +57,9 @@ def main() -> None:
         metavar="RUN",
         help="also predict what these runs noted",
     )
+    parser.add_argument(
+        "--schedules", nargs="+", default=["sync"], choices=[s.value for s in Schedule], help="of --checks"
+    )
     parser.add_argument("--cpu-time", action="store_true", help="cost of an idle machine, on a busy one; no --checks")
     parser.add_argument("--episodes", type=int, default=48, help="per measured iteration")
     parser.add_argument("--iterations", type=int, default=2, help="measured on each layout")
@@ -56,6 +68,8 @@ def main() -> None:
     if arguments.cpu_time:
         # Other layouts could be run on the busy machine only, which is not what is predicted.
         arguments.checks = []
+    if Schedule.pingpong.value in arguments.schedules and any(actors < 2 for actors, _ in arguments.checks):
+        parser.error("pingpong needs two actors, which take turns; choose --checks of at least 2xENVIRONMENTS")
     if arguments.measure or arguments.validate:
         result = run_validation(arguments)
         if arguments.measure:
@@ -64,12 +78,13 @@ def main() -> None:
         arguments.output.mkdir(parents=True, exist_ok=True)
         name = result["suite"].replace(" ", "_").replace("/", "_")
         name += "-cpu-time" if arguments.cpu_time else ""
+        name += "" if arguments.schedules == ["sync"] else "-schedules"
         (arguments.output / f"{name}.json").write_text(json.dumps(result, indent=1) + "\n")
         print(f"{result['machine']}; load {os.getloadavg()[0]:.1f}\n{validation_table(result)}")
         print(
             json.dumps(
                 {
-                    found.label + f" {found.measured.actors}x{found.measured.envs_per_actor}": found.ratios
+                    label_of(found): {k: v for k, v in found.ratios.items() if not math.isnan(v)}
                     for found in checks_of(result)
                 }
             )
@@ -93,6 +108,11 @@ def main() -> None:
     )
 
 
+def label_of(found: Check) -> str:
+    layout = f"{found.measured.actors}x{found.measured.envs_per_actor}"
+    return f"{found.label} {found.measured.schedule} {layout}"
+
+
 def run_validation(arguments: argparse.Namespace) -> dict[str, Any]:
     """Measure, and note everything that the page needs."""
     run: Path = arguments.validate or arguments.measure
@@ -104,10 +124,11 @@ def run_validation(arguments: argparse.Namespace) -> dict[str, Any]:
     print(json.dumps(asdict(calibration.costs)), file=sys.stderr)
     checks = []
     for number, (actors, envs) in enumerate(arguments.checks if arguments.validate else ()):
-        # Other episodes than those of the calibration: a prediction may not know them.
-        first = 100 * (number + 1)
-        checks.append(measure(config, actors=actors, envs_per_actor=envs, first=first, **settings).measured)
-        print(checks[-1], file=sys.stderr)
+        for schedule in arguments.schedules:
+            # Other episodes than those of the calibration, which a prediction may not know; the same for all schedules.
+            layout = {"actors": actors, "envs_per_actor": envs, "first": 100 * (number + 1)}
+            checks.append(measure_schedule(config, Schedule(schedule), **layout, **settings))
+            print(checks[-1], file=sys.stderr)
     return {
         "suite": f"{config.suite.name} {config.suite.task}",
         "command": shown_command(arguments),

@@ -2,10 +2,10 @@
 
     .venv/bin/python scripts/soak.py --iterations 200
 
-On the toy, with simulators in Ray actors. Every ``--every`` seconds a random simulator is killed or stopped, and every
-tenth time the whole run, which is then started again. The weights must be those of the run left in peace, the driver
-must not grow, and nothing may be left running. The last line on stdout is JSON; the exit status is 1 if a promise was
-broken. Linux only.
+On the toy, with simulators and a spare in Ray actors. Every ``--every`` seconds a random one of them is killed or
+stopped, and every tenth time the whole run, which is then started again. The weights must be those of the run left in
+peace, the driver must not grow, and nothing may be left running. The last line on stdout is JSON; the exit status is 1
+if a promise was broken. Linux only.
 """
 
 import argparse
@@ -23,9 +23,9 @@ from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from measure_memory import descendants, name_of
+from measure_memory import descendants, inheriting, name_of
 
-from rlvla.run import versions
+from rlvla.run import CLOCK, versions
 
 HOST = "ray::SimulatorHost"
 WORKERS = [
@@ -33,10 +33,13 @@ WORKERS = [
     "workers.envs_per_actor=4",
     "workers.timeout_s=10",
     "workers.max_restarts_per_hour=9999",
+    "workers.spare=true",
 ]
 TRAIN = ["algo.min_successes=0", "algo.epochs=2", "eval.trials=16", "eval.videos=0", "eval.shuffled_images=false"]
 MAX_GROWTH_MB, MAX_NEW_FILES = 40, 16
 QUIET_S = 20
+MARK = f"RLVLA_SOAK={os.getpid()}"
+"""Other runs on this machine are none of ours."""
 
 
 @dataclass
@@ -66,8 +69,9 @@ def main() -> None:
     until = time.monotonic() + 60 * arguments.minutes
     local = ["workers.kind=local", "workers.num_actors=1", "workers.envs_per_actor=8"]
     rlvla("train", *settings, *TRAIN, *local, f"output={peace}")
-    lives = disturb([*settings, *TRAIN, *WORKERS, f"output={war}"], arguments.every, arguments.seed, until)
+    lives = disturb([*settings, *TRAIN, *WORKERS], war, arguments.every, arguments.seed, until)
     time.sleep(5)
+    left = [name_of(pid) for pid in inheriting(MARK)]
     rows = [json.loads(line) for line in (war / "metrics.jsonl").read_text().splitlines()]
     iterations = [row for row in rows if row["kind"] == "iteration"]
     found = {
@@ -84,7 +88,7 @@ def main() -> None:
         "driver_growth_mb": max(growth(life.memory_mb) for life in lives),
         "driver_new_files": max(growth(life.files) for life in lives),
         "most_simulators": max((max(life.hosts, default=0) for life in lives), default=0),
-        "left_running": [name for name in map(name_of, everybody()) if name.startswith(HOST)],
+        "left_running": left,
     }
     found["kept_its_promises"] = bool(
         found["same_weights"]
@@ -117,10 +121,11 @@ def rlvla(*arguments: str) -> None:
     subprocess.run([sys.executable, "-m", "rlvla.cli", *arguments], check=True, stdout=subprocess.DEVNULL)
 
 
-def disturb(settings: list[str], every: float, seed: int, until: float) -> list[Watched]:
+def disturb(settings: list[str], run: Path, every: float, seed: int, until: float) -> list[Watched]:
     """Run to the end, with trouble; the lives of the run, the last one undisturbed to its end."""
     chance, lives = random.Random(seed), [Watched()]
-    process = start(settings)
+    settings = [*settings, f"output={run}"]
+    began, process = time.time(), start(settings)
     count, next_time = 0, time.monotonic() + every
     while process.poll() is None:
         time.sleep(0.5)
@@ -128,6 +133,9 @@ def disturb(settings: list[str], every: float, seed: int, until: float) -> list[
             os.killpg(process.pid, signal.SIGKILL)
             sys.exit("the soak took longer than --minutes")
         hosts = look(process.pid, lives[-1])
+        if not works(run, began):
+            # Whoever kills simulators faster than they start gets a run that gives up, and that is right.
+            next_time = time.monotonic() + every
         if time.monotonic() < next_time or not hosts:
             continue
         next_time = time.monotonic() + every
@@ -137,7 +145,7 @@ def disturb(settings: list[str], every: float, seed: int, until: float) -> list[
                 os.killpg(process.pid, signal.SIGKILL)
             process.wait()
             lives.append(Watched())
-            process = start(settings)
+            began, process = time.time(), start(settings)
             continue
         with suppress(ProcessLookupError):
             stop = chance.random() < 0.25
@@ -151,7 +159,16 @@ def disturb(settings: list[str], every: float, seed: int, until: float) -> list[
 
 def start(settings: list[str]) -> "subprocess.Popen[bytes]":
     command = [sys.executable, "-m", "rlvla.cli", "train", *settings]
-    return subprocess.Popen(command, start_new_session=True, stdout=subprocess.DEVNULL)
+    name, _, value = MARK.partition("=")
+    environment = os.environ | {name: value}
+    return subprocess.Popen(command, start_new_session=True, stdout=subprocess.DEVNULL, env=environment)
+
+
+def works(run: Path, since: float) -> bool:
+    """Whether a run has played episodes since then: it writes its clock down."""
+    with suppress(OSError):
+        return (run / CLOCK).stat().st_mtime > since
+    return False
 
 
 def look(driver: int, life: Watched) -> list[int]:
@@ -163,10 +180,6 @@ def look(driver: int, life: Watched) -> list[int]:
         life.files.append(len(list(Path(f"/proc/{driver}/fd").iterdir())))
         life.hosts.append(len(hosts))
     return hosts
-
-
-def everybody() -> list[int]:
-    return [int(path.name) for path in Path("/proc").glob("[0-9]*")]
 
 
 def growth(seen: list[float] | list[int]) -> float:

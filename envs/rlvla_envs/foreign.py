@@ -72,7 +72,7 @@ class ForeignEnv:
     spec: EnvSpec
     num_envs: int
     versions: str
-    """Of Python and numpy over there."""
+    """Of Python, numpy and what else can change an episode over there."""
 
     def __init__(
         self,

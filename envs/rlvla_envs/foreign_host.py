@@ -13,6 +13,8 @@ import socket
 import sys
 import threading
 import traceback
+from contextlib import suppress
+from importlib import metadata
 from typing import Any
 
 import numpy as np
@@ -102,9 +104,21 @@ class Host:
                 "group_size": env.group_size if isinstance(env, Grouped) else None,
                 "demonstrates": isinstance(env, Demonstrator),
                 "films": isinstance(env, Filmable),
-                "versions": f"Python {platform.python_version()}, numpy {np.__version__}",
+                "versions": _versions(),
             },
         )
+
+
+PACKAGES = ("mani-skill", "sapien", "gymnasium", "mujoco", "robosuite", "torch")
+"""Whose version can change an episode, where there are any."""
+
+
+def _versions() -> str:
+    found = [f"Python {platform.python_version()}", f"numpy {np.__version__}"]
+    for package in PACKAGES:
+        with suppress(metadata.PackageNotFoundError):
+            found.append(f"{package} {metadata.version(package)}")
+    return ", ".join(found)
 
 
 def _observed(kind: str, observation: Observation, columns: dict[str, np.ndarray] | None = None) -> Message:

@@ -113,17 +113,33 @@ def memory_estimate_mb(config: SuiteConfig, num_envs: int) -> int | None:
     return None if estimate is None else int(estimate(config, num_envs))
 
 
-def check_memory(config: SuiteConfig, num_envs: int, num_processes: int) -> None:
+def starts_slowly(config: SuiteConfig) -> bool:
+    """Whether the first simulator of a process takes seconds: where there is a renderer or another interpreter."""
+    return config.python is not None or hasattr(suite_module(config.name), "RENDERER")
+
+
+def check_memory(config: SuiteConfig, num_envs: int, num_processes: int, *, spare: bool = False) -> None:
     """Refuse more environments than memory allows, before the first of them is built.
 
     A suite whose environments are large says what they take: a function ``memory_mb(config, num_envs)`` in its module.
+
+    Args:
+        spare: there is to be one process more that waits (`rlvla.config.WorkersConfig.spare`).
 
     Raises:
         ValueError: they would not fit; the message says how many do.
     """
     estimate, available = getattr(suite_module(config.name), "memory_mb", None), available_mb()
-    if estimate is None or available is None or num_processes * estimate(config, num_envs) <= available:
+    if estimate is None or available is None:
         return
+    each = estimate(config, num_envs)
+    if (num_processes + spare) * each <= available:
+        return
+    if num_processes * each <= available:
+        raise ValueError(
+            f"{num_envs} environments in each of {num_processes} processes and in a spare one need about "
+            f"{(num_processes + 1) * each} MB and {available} MB are free: workers.spare=false fits."
+        )
     fitting = [n for n in range(1, num_envs) if num_processes * estimate(config, n) <= available]
     alone = available // estimate(config, 1)
     cure = (
@@ -135,7 +151,7 @@ def check_memory(config: SuiteConfig, num_envs: int, num_processes: int) -> None
     )
     raise ValueError(
         f"{num_envs} environments in each of {num_processes} processes need about "
-        f"{num_processes * estimate(config, num_envs)} MB and {available} MB are free: {cure}."
+        f"{num_processes * each} MB and {available} MB are free: {cure}."
     )
 
 

@@ -2,6 +2,7 @@
 
 import json
 import os
+import platform
 import shutil
 import signal
 import subprocess
@@ -15,6 +16,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from rlvla.workers import LocalEnvs
 from rlvla_envs.base import FIRST_TRAINING_STATE, Demonstrator, Filmable, Grouped, SuiteConfig, VecEnv
 from rlvla_envs.foreign import ForeignEnv
 from rlvla_envs.suites import make_env
@@ -122,6 +124,23 @@ def test_the_toy_in_another_process_plays_the_same_episodes(opened: list[Foreign
     assert isinstance(abroad, Filmable)
     assert isinstance(here, Filmable)
     assert np.array_equal(abroad.film(0), here.film(0))
+
+
+def test_its_versions_come_with_it_wherever_it_lives(opened: list[ForeignEnv]) -> None:
+    from importlib.metadata import version
+
+    abroad = make_env(HERE, 1)
+    assert isinstance(abroad, ForeignEnv)
+    opened.append(abroad)
+    said = f"Python {platform.python_version()}, numpy {np.__version__}, "
+    assert abroad.versions.startswith(said)
+    assert f"torch {version('torch')}" in abroad.versions.split(", ")
+    in_process = LocalEnvs(HERE, 1)
+    try:
+        assert in_process.versions == abroad.versions
+    finally:
+        in_process.close()
+    assert LocalEnvs(TOY, 1).versions == ""
 
 
 def test_an_interpreter_with_numpy_and_nothing_else_hosts_it(tmp_path: Path, opened: list[ForeignEnv]) -> None:

@@ -16,7 +16,7 @@ import torch
 from rlvla import collect, evaluate, sft
 from rlvla.acting import Actor
 from rlvla.compose import compose
-from rlvla.config import ClusterConfig, WorkersConfig
+from rlvla.config import ClusterConfig, WorkerKind, WorkersConfig
 from rlvla.hosts import SimulatorHost
 from rlvla.policies.base import ValueHead
 from rlvla.policies.folder import load_policy
@@ -24,12 +24,13 @@ from rlvla.ray_envs import RayEnvs
 from rlvla.rollout import collect as collect_rollout
 from rlvla.rollout import play
 from rlvla.seeding import seed_torch, training_state
-from rlvla.workers import Envs, open_envs
+from rlvla.workers import Envs, open_envs, wants_spare
 from rlvla_algos.flow import flow_sde_schedule
 from rlvla_envs.base import SuiteConfig
 
 WORKERS = WorkersConfig(num_actors=2, envs_per_actor=2, timeout_s=8)
 PUSH = ["suite=push_cube", "suite.max_episode_steps=24"]
+SPARE_S = 300.0
 
 
 def fragile(fault: Callable[[int, int], None]) -> type[RayEnvs]:
@@ -116,26 +117,38 @@ def undisturbed(push_policy: Path) -> Any:
         envs.close()
 
 
-def open_fragile(suite: SuiteConfig, fault: Callable[[int, int], None], **changes: Any) -> RayEnvs:
+def open_fragile(
+    suite: SuiteConfig, fault: Callable[[int, int], None], *, spare: bool = False, **changes: Any
+) -> RayEnvs:
     workers = dataclasses.replace(WORKERS, **changes)
-    return fragile(fault)(suite, workers, ClusterConfig(), workers.num_actors)
+    envs = fragile(fault)(suite, workers, ClusterConfig(), workers.num_actors, spare=spare)
+    assert envs.wait_for_spare(SPARE_S) == spare
+    return envs
 
 
 @pytest.mark.simulator
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("what", "said"),
+    ("what", "said", "spare"),
     [
-        pytest.param(signal.SIGKILL, "died while running a chunk", id="killed"),
-        pytest.param(signal.SIGSEGV, "died while running a chunk", id="segfault"),
-        pytest.param(signal.SIGSTOP, "did not answer within 8 s while running a chunk", id="hung"),
+        pytest.param(signal.SIGKILL, "died while running a chunk", False, id="killed-no-spare"),
+        pytest.param(signal.SIGKILL, "died while running a chunk", True, id="killed"),
+        pytest.param(signal.SIGSEGV, "died while running a chunk", True, id="segfault"),
+        pytest.param(signal.SIGSTOP, "did not answer within 8 s while running a chunk", True, id="hung"),
     ],
 )
 def test_a_rollout_whose_simulator_was_lost_has_the_bits_of_one_that_was_not(
-    what: signal.Signals, said: str, push_policy: Path, undisturbed: Any, tmp_path: Path
+    what: signal.Signals,
+    said: str,
+    spare: bool,
+    push_policy: Path,
+    undisturbed: Any,
+    tmp_path: Path,
+    record_property: Callable[[str, object], None],
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     suite = compose("train", ["policy=x", *PUSH]).suite
-    envs = open_fragile(suite, once(tmp_path / "marker", STATES[2], 1, what))
+    envs = open_fragile(suite, once(tmp_path / "marker", STATES[2], 1, what), spare=spare)
     try:
         disturbed = rollout(push_policy, envs)
         incidents = envs.take_incidents()
@@ -146,7 +159,9 @@ def test_a_rollout_whose_simulator_was_lost_has_the_bits_of_one_that_was_not(
     # Two slots were at their second decision: a chunk that had run and the pending one, each.
     assert incidents[0].replayed_chunks == 4
     assert said in incidents[0].why
-    print(f"{what.name}: {incidents[0]}")
+    record_property("recovery_s", round(incidents[0].recovery_s, 2))
+    with capsys.disabled():
+        print(f"\n{what.name}, {'a' if spare else 'no'} spare: {incidents[0]}")
 
 
 @pytest.mark.simulator
@@ -183,14 +198,15 @@ def lost_and_ended(envs: Envs, states: list[int]) -> tuple[dict[int, bool], list
     return lost, sorted(ended)
 
 
-def test_an_episode_that_kills_its_simulator_every_time_is_left_out_and_named(toy: SuiteConfig) -> None:
+@pytest.mark.parametrize("spare", [pytest.param(False, id="no-spare"), pytest.param(True, id="spare")])
+def test_an_episode_that_kills_its_simulator_every_time_is_left_out_and_named(toy: SuiteConfig, spare: bool) -> None:
     states = list(range(100, 108))
 
     def fault(state: int, decision: int) -> None:
         if state == 103 and decision == 1:
             os.kill(os.getpid(), signal.SIGKILL)
 
-    envs = open_fragile(toy, fault)
+    envs = open_fragile(toy, fault, spare=spare)
     try:
         lost, ended = lost_and_ended(envs, states)
         incidents = envs.take_incidents()
@@ -202,7 +218,99 @@ def test_an_episode_that_kills_its_simulator_every_time_is_left_out_and_named(to
     assert lost == {3: True}
     assert ended == [0, 1, 2, 4, 5, 6, 7]
     assert [incident.lost_episodes for incident in incidents] == [1]
+    assert incidents[0].quarantined == (103,)
+    assert "left out from now on: initial state 103" in str(incidents[0])
     assert again == {0: True}
+
+
+MARK = f"RLVLA_TEST_RECOVERY={os.getpid()}-{time.monotonic_ns()}"
+"""What our processes inherit, wherever they end up, and those of another test run on this machine do not."""
+
+
+def running() -> set[int]:
+    """The simulator processes of this module's pools."""
+    found = set()
+    for path in Path("/proc").glob("[0-9]*"):
+        with suppress(OSError):
+            ours = MARK.encode() in (path / "environ").read_bytes().split(b"\0")
+            if ours and (path / "cmdline").read_text().startswith("ray::Fragile"):
+                found.add(int(path.name))
+    return found
+
+
+def noting(working: Path, then: Callable[[int, int], None]) -> Callable[[int, int], None]:
+    """``then``, and a file for each process that ever ran a chunk."""
+    working.mkdir()
+
+    def fault(state: int, decision: int) -> None:
+        (working / str(os.getpid())).touch()
+        then(state, decision)
+
+    return fault
+
+
+def idle(working: Path) -> set[int]:
+    return running() - {int(path.name) for path in working.iterdir()}
+
+
+def test_a_spare_takes_the_place_of_a_lost_simulator_and_is_followed_by_another(
+    toy: SuiteConfig, tmp_path: Path
+) -> None:
+    working = tmp_path / "working"
+    fault = noting(working, once(tmp_path / "marker", 102, 1, signal.SIGKILL))
+    # The death itself is the only restart there may be.
+    envs = open_fragile(toy, fault, spare=True, max_restarts_per_hour=1)
+    try:
+        assert len(idle(working)) == WORKERS.num_actors + 1
+        # One episode in each simulator.
+        assert lost_and_ended(envs, [90, 91, 92, 93]) == ({}, [0, 1, 2, 3])
+        (spare,) = idle(working)
+        assert lost_and_ended(envs, list(range(100, 108))) == ({}, list(range(8)))
+        (incident,) = envs.take_incidents()
+        assert envs.wait_for_spare(SPARE_S)
+        (next_spare,) = idle(working)
+        assert len(running()) == WORKERS.num_actors + 1
+    finally:
+        envs.close()
+    assert (incident.worker, incident.lost_episodes) == (1, 0)
+    assert (working / str(spare)).exists()
+    assert next_spare != spare
+
+
+@pytest.mark.parametrize("what", [signal.SIGKILL, signal.SIGSTOP])
+def test_a_spare_that_is_itself_dead_or_hung_is_passed_over_and_no_episode_is_blamed(
+    toy: SuiteConfig, tmp_path: Path, what: signal.Signals
+) -> None:
+    working = tmp_path / "working"
+    fault = noting(working, once(tmp_path / "marker", 102, 1, signal.SIGKILL))
+    envs = open_fragile(toy, fault, spare=True, max_restarts_per_hour=1, quarantine_after=1)
+    try:
+        assert lost_and_ended(envs, [90, 91, 92, 93]) == ({}, [0, 1, 2, 3])
+        (spare,) = idle(working)
+        os.kill(spare, what)
+        assert lost_and_ended(envs, list(range(100, 108))) == ({}, list(range(8)))
+        assert len(envs.take_incidents()) == 1
+        assert envs.wait_for_spare(SPARE_S)
+        assert spare not in running()
+    finally:
+        envs.close()
+
+
+def test_only_suites_that_start_slowly_have_a_spare_that_nobody_asked_for(toy: SuiteConfig) -> None:
+    push = compose("train", ["policy=x", *PUSH]).suite
+    ray, local = WorkersConfig(), WorkersConfig(kind=WorkerKind.local)
+    assert wants_spare(push, ray)
+    assert wants_spare(dataclasses.replace(toy, python="/usr/bin/python3"), ray)
+    assert not wants_spare(toy, ray)
+    assert not wants_spare(push, local)
+    assert not wants_spare(push, WorkersConfig(spare=False))
+    assert wants_spare(toy, WorkersConfig(spare=True))
+    envs = open_envs(toy, dataclasses.replace(WORKERS, spare=True))
+    try:
+        assert isinstance(envs, RayEnvs)
+        assert envs.wait_for_spare(SPARE_S)
+    finally:
+        envs.close()
 
 
 def test_evaluation_counts_an_episode_that_kills_its_simulator_as_failed_and_says_so(
@@ -295,16 +403,11 @@ def test_a_simulators_own_error_is_no_death(toy: SuiteConfig) -> None:
 
 @pytest.fixture(scope="module", autouse=True)
 def nothing_is_left_running() -> Iterator[None]:
-    def actors() -> set[int]:
-        found = set()
-        for path in Path("/proc").glob("[0-9]*/cmdline"):
-            with suppress(OSError):
-                if path.read_text().startswith("ray::Fragile"):
-                    found.add(int(path.parent.name))
-        return found
-
+    name, _, value = MARK.partition("=")
+    os.environ[name] = value
     yield
     until = time.monotonic() + 20
-    while actors() and time.monotonic() < until:
+    while running() and time.monotonic() < until:
         time.sleep(0.2)
-    assert not actors()
+    assert not running()
+    del os.environ[name]

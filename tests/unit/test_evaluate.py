@@ -49,6 +49,8 @@ class Envs:
         notes=("stand-in: the carrot",),
     )
 
+    versions = ""
+
     def __init__(self, num_slots: int, group_size: int = 1) -> None:
         self.num_slots, self.group_size, self.slots_per_worker = num_slots, group_size, group_size
         self.state = np.zeros(num_slots, dtype=np.int64)

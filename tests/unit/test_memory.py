@@ -309,6 +309,33 @@ def test_environments_count_on_the_host_alone() -> None:
     assert many.budgets[1].total > few.budgets[1].total
 
 
+def simulators_of(*overrides: str) -> dict[str, int]:
+    host = plan("policy=qwen_vla_toy", "workers.num_actors=4", *overrides).budgets[-1]
+    return {item.what: item.bytes for item in host.items if "simulator process" in item.what}
+
+
+def test_a_spare_takes_what_one_of_the_actors_takes_in_every_pool() -> None:
+    ray = ["suite=simpler_env", "workers.kind=ray"]
+    alone = simulators_of(*ray, "workers.spare=false")
+    assert list(alone) == ["4 simulator processes of 8 environments (estimate)"]
+    (four,) = alone.values()
+    assert simulators_of(*ray) == {**alone, "1 spare simulator process (estimate)": four // 4}
+    two_ranks = simulators_of(*ray, "learners.num=2")
+    assert two_ranks == {**alone, "2 spare simulator processes (estimate)": four // 2}
+    # The toy starts at once, and has one only where it is asked for.
+    assert list(simulators_of("workers.kind=ray")) == list(alone)
+    assert len(simulators_of("workers.kind=ray", "workers.spare=true")) == 2
+
+
+def test_the_spare_is_the_first_thing_to_do_without() -> None:
+    ray = ["policy=qwen_vla_toy", "suite=simpler_env", "workers.kind=ray", "workers.num_actors=2"]
+    (host,) = plan(*ray).budgets
+    made = plan(*ray, host_gb=0.99 * host.total / FULL / 1e9)
+    assert made.options[0].changes == ("workers.spare=false",)
+    assert made.cheapest == made.options[0]
+    assert plan(*ray, "workers.spare=false", host_gb=0.99 * host.total / FULL / 1e9).fits
+
+
 def test_a_policy_that_does_not_exist_is_named_with_the_nearest() -> None:
     with pytest.raises(ConfigError, match="neither a folder nor one of .*Did you mean 'qwen_vla_tiny'"):
         plan("policy=qwen_vla_tinny")

@@ -251,7 +251,7 @@ def rewrite_metrics(run: Path, change: Any) -> None:
 
 def test_the_page_is_well_formed_and_in_the_promised_order(finished: Path) -> None:
     page = Page((finished / "report.html").read_text())
-    headings = ["PushCube-v1", "Success", "Learning curve", "State by state", "Videos", "Health", "Alarms"]
+    headings = ["PushCube-v1", "Success", "Learning curve", "State by state", "Videos", "Health", "Alarms", "Restarts"]
     places = [page.text.index(heading) for heading in headings]
     assert places == sorted(places)
     assert "Settings" in page.text
@@ -353,6 +353,26 @@ def test_metrics_that_were_never_recorded_are_said_to_be_missing(tmp_path: Path)
     run = make_run(tmp_path / "run", iterations=3)
     rewrite_metrics(run, lambda row: {k: v for k, v in row.items() if k != "optim/grad_norm"})
     assert "Not recorded." in Page(source_of(run)).text
+
+
+def test_what_was_lost_is_counted_with_its_cost_and_what_is_left_out_is_named(tmp_path: Path) -> None:
+    run = make_run(tmp_path / "run", iterations=5)
+    assert "None: no simulator and no learner was lost." in Page(source_of(run)).text
+    killed = {"kind": "restart", "why": "died", "replayed_chunks": 4, "lost_episodes": 0, "quarantined": []}
+    # Two that look alike are two.
+    rows: list[dict[str, Any]] = [killed | {"where": "iteration 1", "worker": 3, "recovery_s": 1.5}] * 2
+    rows.append(killed | {"where": "evaluation after", "worker": 1, "recovery_s": 20.0, "lost_episodes": 1})
+    rows[-1]["quarantined"] = [1017]
+    rows.append({"kind": "alarm", "where": "restart 1", "message": "learner rank 1 died"})
+    with (run / "metrics.jsonl").open("a") as file:
+        file.writelines(json.dumps(row) + "\n" for row in rows)
+    write_evaluation(run, "iteration-0003", np.ones(2), quarantined=[7])
+    said = " ".join(re.sub(r"<[^>]+>", " ", source_of(run)).split())
+    # By hand: 2 x 1.5 + 20 seconds, 3 x 4 chunks, one episode.
+    assert "simulator 1, 3 3 23 12 1" in said
+    assert "all learners, from the newest checkpoint 1 – – –" in said
+    assert "left out: 7, 1017 ." in said
+    assert "None: no simulator" not in said
 
 
 def test_a_resumed_run_counts_repeated_iterations_once(tmp_path: Path) -> None:

@@ -126,6 +126,17 @@ def test_going_on_with_other_software_is_an_alarm_once(tmp_path: Path) -> None:
     assert len(json.loads(versions.read_text())["resumed_with"]) == 1
 
 
+def test_another_interpreters_versions_are_noted_and_a_change_is_an_alarm(tmp_path: Path) -> None:
+    with Run.open(config(tmp_path), "train", total=1, simulator="Python 3.10.1, numpy 1.26.4"):
+        pass
+    noted = json.loads((tmp_path / "run" / "versions.json").read_text())
+    assert noted["simulator"] == "Python 3.10.1, numpy 1.26.4"
+    with Run.open(config(tmp_path), "train", total=1, simulator="Python 3.10.1, numpy 2.1.0"):
+        pass
+    said = (tmp_path / "run" / "metrics.jsonl").read_text()
+    assert "simulator Python 3.10.1, numpy 1.26.4 -> Python 3.10.1, numpy 2.1.0" in said
+
+
 def test_metrics_that_a_power_failure_shortened_are_an_alarm_and_not_padded(tmp_path: Path) -> None:
     with Run.open(config(tmp_path), "train", total=1) as record:
         record.log({"kind": "iteration", "iteration": 0})

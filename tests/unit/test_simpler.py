@@ -326,6 +326,21 @@ def test_more_environments_than_fit_are_refused_with_what_fits(
     check_memory(SuiteConfig(), 1000, 16)
 
 
+def test_a_spare_process_counts_and_is_the_first_to_go(monkeypatch: pytest.MonkeyPatch) -> None:
+    config = SuiteConfig(name="simpler_env", task="all")
+    # Three processes of 1000 MB and 30 x 4 x 12 MB: 7320.
+    monkeypatch.setattr(suites, "available_mb", lambda: 7320)
+    check_memory(config, 30, 2, spare=True)
+    monkeypatch.setattr(suites, "available_mb", lambda: 7319)
+    check_memory(config, 30, 2)
+    with pytest.raises(ValueError, match=r"in a spare one need about 7320 MB and 7319 MB .*workers.spare=false fits"):
+        check_memory(config, 30, 2, spare=True)
+    # Where there is no room for the others, the spare is not the point.
+    monkeypatch.setattr(suites, "available_mb", lambda: 4000)
+    with pytest.raises(ValueError, match=r"2 processes need about 4880 MB .*workers.envs_per_actor=20 fits"):
+        check_memory(config, 30, 2, spare=True)
+
+
 def test_the_out_of_distribution_tasks_have_one_rule() -> None:
     config = SuiteConfig(name="simpler_env_ood", task="move_away", options={"success": "maniskill"})
     with pytest.raises(ValueError, match="move_away has the one rule that is ours"):

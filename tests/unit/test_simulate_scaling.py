@@ -161,6 +161,30 @@ def test_async_in_turns_on_one_device_hides_simulation_behind_training() -> None
     assert found.device_busy == pytest.approx(1.0)
 
 
+def test_without_a_gpu_async_gains_at_most_what_a_rollout_leaves_idle() -> None:
+    # One environment and four chunks of 8 x 0.1 s, then two minibatches of a second each: 3.2 + 2 s in turns.
+    costs = replace(FREE, step_s=0.1, train_s=0.5)
+    plan = Plan(decisions=(4,), epochs=1, minibatch=2, inference_on_core=True, update_on_cores=True)
+    assert simulate(plan, costs).iteration_s == pytest.approx(5.2)
+    # A core that is never idle has nothing to gain.
+    assert simulate(with_schedule(plan, ASYNC, INTERLEAVED), costs).iteration_s == pytest.approx(5.2)
+    # Two cores: a rollout of one environment wants one of them, a minibatch both. Nobody computes more than before, so
+    # that 3.2 + 2 x 2 core seconds take at least 3.6; and minibatches come first, so that the rollout waits for both.
+    two = replace(plan, cores=2)
+    assert simulate(two, costs).iteration_s == pytest.approx(5.2)
+    assert simulate(with_schedule(two, ASYNC, INTERLEAVED), costs).iteration_s == pytest.approx(5.2)
+    # With more to do at once some of the idle time is used, and never more than all of it.
+    many = replace(two, actors=2, envs_per_actor=2, episodes=6, decisions=(1, 3), minibatch=2)
+    turns, beside = (simulate(with_schedule(many, s, d), costs) for s, d in ((SYNC, EXCLUSIVE), (ASYNC, INTERLEAVED)))
+    idle = (1 - turns.core_busy) * turns.iteration_s
+    assert turns.iteration_s - idle - 1e-9 <= beside.iteration_s < turns.iteration_s
+
+
+def test_an_update_on_cores_where_inference_has_a_device_is_refused() -> None:
+    with pytest.raises(ValueError, match="update_on_cores is True; it must be False where inference has a device"):
+        Plan(update_on_cores=True)
+
+
 def test_a_ring_sends_every_byte_almost_twice() -> None:
     costs = replace(FREE, gradient_bytes=8e9, local_bandwidth=2e9, network_bandwidth=1e9, gpus_per_node=4, hop_s=0.01)
     assert costs.allreduce_s(1) == 0
@@ -199,6 +223,8 @@ class VirtualEnvs:
         max_episode_steps=100,
         num_evaluation_states=1,
     )
+
+    versions = ""
 
     def __init__(self, plan: Plan, costs: Costs, todo: Episodes) -> None:
         self.plan, self.costs, self.todo = plan, costs, todo
@@ -412,6 +438,34 @@ def test_a_measurement_plays_real_episodes_and_counts_all_of_them(toy_run: Path,
     assert measured.epochs == 2
     assert found.costs.inference_base_s > 0
     assert scaling_measure.Calibration.from_json(found.to_json()) == found
+
+
+@pytest.mark.parametrize("schedule", ["sync", "pingpong", "async"])
+def test_iterations_under_a_schedule_are_those_of_training(toy_run: Path, schedule: str) -> None:
+    config = scaling_measure.read_config(toy_run)
+    layout = {"actors": 2, "envs_per_actor": 2, "episodes": 5, "iterations": 2}
+    found = scaling_measure.measure_schedule(config, scaling_measure.Schedule(schedule), first=100, **layout)
+    sync = scaling_measure.measure_schedule(config, scaling_measure.Schedule.sync, first=100, **layout)
+    # The weights stay as they are, so that every schedule plays the same episodes.
+    assert (found.decisions, found.env_steps) == (sync.decisions, sync.env_steps)
+    assert (found.iterations, found.epochs, found.schedule) == (2, 2, schedule)
+    assert found.steps_per_s == pytest.approx(
+        found.env_steps / (found.iteration_s if schedule == "async" else found.rollout_s)
+    )
+    calibration = scaling_measure.measure(config, first=1, **layout | {"actors": 1})
+    checked = scaling_measure.check("predicted", calibration, found, episodes=5, minibatch=8)
+    assert {name for name, ratio in checked.ratios.items() if not ratio > 0} == (
+        {"rollout_s"} if schedule == "async" else set()
+    )
+    assert f"| {schedule} |" in scaling_page.validation_table(
+        {
+            "calibration": json.loads(calibration.to_json()),
+            "checks": [asdict(found)],
+            "recorded": [],
+            "episodes": 5,
+            "minibatch": 8,
+        }
+    )
 
 
 def test_a_cell_that_makes_no_sense_is_empty_and_the_others_hold_every_environment() -> None:
