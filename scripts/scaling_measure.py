@@ -24,10 +24,10 @@ from rlvla.recovery import Incident
 from rlvla.rollout import collect
 from rlvla.run import pick_device
 from rlvla.run_folder import read_run
+from rlvla.samplers import training_sampler
 from rlvla.seeding import seed_torch
 from rlvla.train import add_advantages
 from rlvla.workers import Envs, Finish, Reply, Round, open_envs
-from rlvla_algos.flow import flow_sde_schedule
 from rlvla_envs.base import Demonstration, Observation
 
 DRAWS = 16
@@ -235,8 +235,8 @@ def measure(
     )
     policy = load_policy(Path(config.policy), device)
     value_head = ValueHead(policy.value_size, algo.value_hidden_sizes).to(device)
-    schedule = flow_sde_schedule(policy.num_denoising_steps, algo.noise_level).to(device)
-    learner = Learner(policy, value_head, algo, schedule, seed=config.seed, total_iterations=first + iterations)
+    sampler = training_sampler(policy, algo)
+    learner = Learner(policy, value_head, algo, sampler, seed=config.seed, total_iterations=first + iterations)
     actor = _TimedActor(policy, block=config.inference_batch, device=device)
     workers = replace(config.workers, num_actors=actors, envs_per_actor=envs_per_actor)
     watch = _Watch()
@@ -264,7 +264,7 @@ def measure(
                 value_head,
                 _TimedEnvs(envs, actor.watch),
                 states,
-                schedule=schedule,
+                sampler=sampler,
                 key=(config.seed, iteration),
                 store_context=not algo.train_vlm,
                 value_final=algo.bootstrap_time_limit,
