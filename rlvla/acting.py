@@ -1,6 +1,6 @@
-"""From observations to chunks: the one place where a flow policy is sampled."""
+"""From observations to chunks: the one place where a policy is run to act."""
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 
@@ -8,9 +8,8 @@ import numpy as np
 import torch
 from tensordict import TensorDict
 
-from rlvla.policies.base import Context, Decision, FlowPolicy, pad_tokens
-from rlvla.seeding import normal
-from rlvla_algos.flow import Schedule, denoise, ode_schedule
+from rlvla.policies.base import ChunkPolicy, Context, Decision, pad_tokens
+from rlvla.samplers import Sampler, evaluation_sampler
 from rlvla_envs.base import Observation
 
 
@@ -32,7 +31,7 @@ class Actor:
     to the bit).
     """
 
-    def __init__(self, policy: FlowPolicy, *, block: int, device: str) -> None:
+    def __init__(self, policy: ChunkPolicy, *, block: int, device: str) -> None:
         self.policy, self.block, self.device = policy, block, device
 
     @torch.no_grad()
@@ -42,20 +41,21 @@ class Actor:
         rngs: Sequence[np.random.Generator],
         *,
         temperature: float,
-        schedule: Schedule | None = None,
+        sampler: Sampler | None = None,
     ) -> Thought:
         """One chunk per row.
 
         Args:
             observation: [B] rows.
             rngs: the keyed generator of each row's decision.
-            temperature: factor on every Gaussian draw.
-            schedule: of the stochastic step; the plain ODE when absent.
+            temperature: factor on all noise.
+            sampler: of rollouts, whose decisions can be scored; that of evaluations when absent.
         """
+        sampler = sampler or evaluation_sampler(self.policy)
         blocks = self._blocks(observation)
         with _one_thread():
             thoughts = [
-                self._decide_block(observation.take(block), [rngs[i] for i in block[:n]], temperature, schedule)
+                self._decide_block(observation.take(block), [rngs[i] for i in block[:n]], temperature, sampler)
                 for block, n in blocks
             ]
         return _concatenate(thoughts, _places(blocks))
@@ -88,47 +88,18 @@ class Actor:
         observation: Observation,
         rngs: list[np.random.Generator],
         temperature: float,
-        schedule: Schedule | None,
+        sampler: Sampler,
     ) -> Thought:
         policy, num_rows = self.policy, len(rngs)
         batch = policy.collate(observation).to(self.device)
         context = policy.encode(batch)
-        num_steps = policy.num_denoising_steps
-        shape = (policy.horizon, policy.channels)
         # Rows without a generator are padding: they repeat the last row, and must not advance its generator.
-        draws = [(normal(rng, *shape), int(rng.integers(num_steps)), normal(rng, *shape)) for rng in rngs]
+        draws = [sampler.draw(policy, rng) for rng in rngs]
         draws += [draws[-1]] * (self.block - num_rows)
-        mask = policy.action_mask()
-        noise = torch.from_numpy(np.stack([d[0] for d in draws])).to(self.device) * temperature * mask
-        step = torch.tensor([d[1] for d in draws], device=self.device)
-        step_noise = torch.from_numpy(np.stack([d[2] for d in draws])).to(self.device) * temperature * mask
-
-        velocity = bind(policy, context)
-        if schedule is None:
-            sampled = denoise(velocity, noise, schedule=ode_schedule(num_steps).to(self.device))
-        else:
-            sampled = denoise(
-                velocity,
-                noise,
-                schedule=schedule.to(self.device),
-                stochastic_step=step,
-                step_noise=step_noise,
-            )
+        made = sampler.sample(policy, context, draws, temperature)
         keep = slice(num_rows)
-        decision = Decision(
-            action=policy.actions_to_env(sampled.action)[keep],
-            before=sampled.before[keep],
-            after=sampled.after[keep],
-            mean=sampled.mean[keep],
-            log_prob=sampled.log_prob[keep],
-            step=step[keep],
-        )
+        decision = Decision(policy.actions_to_env(made.action)[keep], made.stored[keep])
         return Thought(decision, batch[keep], Context.from_tensordict(context.to_tensordict()[keep]))
-
-
-def bind(policy: FlowPolicy, context: Context) -> Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]:
-    """The velocity with its context bound, as `rlvla_algos.flow` wants it."""
-    return lambda sample, tau, step: policy.velocity(context, sample, tau, step)
 
 
 @contextmanager
@@ -151,13 +122,9 @@ def _places(blocks: list[tuple[list[int], int]]) -> torch.Tensor:
 def _concatenate(thoughts: list[Thought], places: torch.Tensor) -> Thought:
     if len(thoughts) == 1:
         return thoughts[0]
-    decisions = [t.decision for t in thoughts]
-    tensors = {
-        name: torch.cat([getattr(d, name) for d in decisions])[places]
-        for name in ("before", "after", "mean", "log_prob", "step")
-    }
+    actions = np.concatenate([t.decision.action for t in thoughts])
     return Thought(
-        Decision(action=np.concatenate([d.action for d in decisions])[places.numpy()], **tensors),
+        Decision(actions[places.numpy()], torch.cat([t.decision.stored for t in thoughts])[places]),
         torch.cat(pad_tokens([t.batch for t in thoughts]))[places],
         Context.from_tensordict(torch.cat(pad_tokens([t.context.to_tensordict() for t in thoughts]))[places]),
     )

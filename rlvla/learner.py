@@ -12,10 +12,10 @@ from torch.distributed.tensor import DTensor
 
 from rlvla.config import AlgoConfig, LearnerStrategy, LRSchedule
 from rlvla.parallel import context_of, hold
-from rlvla.policies.base import FlowPolicy, ValueHead, trained_groups
+from rlvla.policies.base import ChunkPolicy, ValueHead, trained_groups
 from rlvla.ranks import ALONE, Group, naming_the_lost
+from rlvla.samplers import Likelihood, Sampler
 from rlvla.seeding import Stream, keyed_rng
-from rlvla_algos.flow import GaussianStep, Schedule, check_flow_sde, gaussian_kl
 from rlvla_algos.ppo import Totals, behaviour_weight, count_entries, explained_variance, ppo_loss
 
 KL_STEER = 1.5
@@ -28,11 +28,14 @@ class InvariantError(RuntimeError):
 
 @dataclass
 class Forward:
-    """One pass over a minibatch: the Gaussian of the stored transition, and the value."""
+    """One pass over a minibatch."""
 
-    gaussian: GaussianStep
-    log_prob: Tensor
+    likelihood: Likelihood
     value: Tensor
+
+    @property
+    def log_prob(self) -> Tensor:
+        return self.likelihood.log_prob
 
 
 @dataclass
@@ -55,10 +58,10 @@ class Learner:
 
     def __init__(
         self,
-        policy: FlowPolicy,
+        policy: ChunkPolicy,
         value_head: ValueHead,
         config: AlgoConfig,
-        schedule: Schedule,
+        sampler: Sampler,
         *,
         seed: int,
         total_iterations: int,
@@ -66,9 +69,9 @@ class Learner:
         strategy: LearnerStrategy = LearnerStrategy.ddp,
     ) -> None:
         self.policy, self.value_head, self.config = policy, value_head, config
-        self.schedule, self.seed, self.total_iterations = schedule, seed, total_iterations
+        self.sampler, self.seed, self.total_iterations = sampler, seed, total_iterations
         self.group = group
-        check_flow_sde(schedule, policy.num_denoising_steps)
+        sampler.check(policy)
         groups = policy.parameter_groups()
         trained = trained_groups(policy, config.train_vlm)
         for name, parameters in groups.items():
@@ -149,7 +152,7 @@ class Learner:
         else:
             self._held.lend()
             metrics = self._ppo_epochs(data, iteration)
-        kl, per_step = self._measure_kl(data) if not reason else (0.0, {})
+        kl, per_part = self._measure_kl(data) if not reason else (0.0, {})
         if not reason:
             self._held.give_back()
             self._steer(kl, self.target_kl(iteration))
@@ -157,7 +160,7 @@ class Learner:
         return {
             **metrics,
             "ppo/kl": kl,
-            **per_step,
+            **per_part,
             "ppo/critic_only": float(bool(reason)),
             "value/explained_variance": explained_variance(
                 rollout["state_value"][valid], rollout["value_target"][valid], group.variance
@@ -178,8 +181,8 @@ class Learner:
     def forward(self, batch: TensorDict) -> Forward:
         """One pass gives log-probability and value. All ranks call it equally often."""
         with naming_the_lost():
-            scored = self._held.score(batch, self.schedule)
-        return Forward(GaussianStep(scored.mean, scored.std), scored.log_prob, self.value_head(scored.features))
+            scored = self._held.score(batch, self.sampler)
+        return Forward(scored.likelihood, self.value_head(scored.features))
 
     def _ppo_epochs(self, data: TensorDict, iteration: int) -> dict[str, float]:
         config, group = self.config, self.group
@@ -207,7 +210,9 @@ class Learner:
                 )
                 self._policy_optimizer.zero_grad(set_to_none=True)
                 self._value_optimizer.zero_grad(set_to_none=True)
-                self._backward(part.weight * loss.total)
+                entropy = self._entropy(new.likelihood, part)
+                total = loss.total if entropy is None else loss.total - config.entropy_coef * entropy
+                self._backward(part.weight * total)
                 norm = self._clip_gradients()
                 if not np.isfinite(norm):
                     raise InvariantError(
@@ -217,21 +222,18 @@ class Learner:
                 self._policy_optimizer.step()
                 self._value_optimizer.step()
                 with torch.no_grad():
-                    kl = gaussian_kl(new.gaussian.mean, batch["mean"], new.gaussian.std, batch["mask"]).sum()
+                    kl = self.sampler.kl(new.likelihood.parameters, batch).sum()
                 num_batches += 1
-                batch_kl, policy, value, clipped = group.total(
-                    float(kl / part.rows),
-                    float(loss.policy),
-                    part.weight * float(loss.value),
-                    float(loss.clip_fraction),
-                )
+                measured = {
+                    "loss/policy": float(loss.policy),
+                    "loss/value": part.weight * float(loss.value),
+                    "ppo/clip_fraction": float(loss.clip_fraction),
+                }
+                if entropy is not None:
+                    measured["ppo/entropy"] = float(entropy)
+                batch_kl, *numbers = group.total(float(kl / part.rows), *measured.values())
                 epoch_kl += batch_kl
-                for name, number in (
-                    ("loss/policy", policy),
-                    ("loss/value", value),
-                    ("ppo/clip_fraction", clipped),
-                    ("optim/grad_norm", norm),
-                ):
+                for name, number in (*zip(measured, numbers, strict=True), ("optim/grad_norm", norm)):
                     sums[name] = sums.get(name, 0.0) + number
             if epoch_kl / (num_batches - before) > config.kl_stop_factor * self.target_kl(iteration):
                 break
@@ -240,6 +242,14 @@ class Learner:
             "ppo/epochs": epoch + 1.0,
             **self._checked,
         }
+
+    def _entropy(self, likelihood: Likelihood, part: Minibatch) -> Tensor | None:
+        """This rank's part of the minibatch's mean entropy over valid entries; None where it is a constant."""
+        if likelihood.entropy is None:
+            return None
+        mask = part.data["mask"]
+        entropy: Tensor = (likelihood.entropy * mask).sum() / max(1.0, self.group.total(int(mask.sum()))[0])
+        return entropy
 
     def _critic_epochs(self, data: TensorDict, iteration: int) -> dict[str, float]:
         total, count = 0.0, 0
@@ -277,7 +287,8 @@ class Learner:
         )
         data["behaviour_weight"] = weight
         data["log_prob"] = proximal
-        data["mean"] = torch.cat([new.gaussian.mean for new in news])
+        parameters = [new.likelihood.parameters for new in news]
+        self.sampler.recentre(data, {name: torch.cat([p[name] for p in parameters]) for name in parameters[0]})
         counted = data["mask"] if weight.ndim == 3 else torch.ones_like(weight, dtype=torch.bool)
         self._checked = {"ppo/behaviour_weight": float(weight[counted].mean())}
 
@@ -313,8 +324,8 @@ class Learner:
     def _check_before(self, data: TensorDict) -> None:
         """Before the first step the learner must score the rollout exactly as the rollout did.
 
-        The means are compared as well as the ratios: log-probabilities recomputed by the learner agree with each other
-        even when both use the wrong time grid; means stored by the rollout do not.
+        The distributions are compared as well as the ratios: log-probabilities recomputed by the learner agree with
+        each other even when both use the wrong time grid; means stored by the rollout do not.
         """
         with self.group.together():
             self._check_finite(data)
@@ -323,7 +334,7 @@ class Learner:
         new = self.forward(batch)
         with self.group.together():
             mask = batch["mask"]
-            gap = (((new.gaussian.mean - batch["mean"]) / new.gaussian.std).abs() * mask).max()
+            gap = (self.sampler.gap(new.likelihood.parameters, batch) * mask).max()
             ratio = ((new.log_prob - batch["log_prob"]).exp() - 1).abs() * mask
             self._check_error(float(gap), float(ratio.max()))
         mean_error, ratio_error = self.group.largest(float(gap), float(ratio.max()))
@@ -350,10 +361,8 @@ class Learner:
     def _check_error(self, gap: float, ratio: float) -> None:
         if not gap < self.config.mean_tolerance:
             raise InvariantError(
-                f"on the first minibatch the learner's transition mean differs from the rollout's by {gap:.3g} "
-                f"standard deviations; algo.mean_tolerance is {self.config.mean_tolerance:g}. The two use different "
-                "weights, time grids, noise schedules or numerics: check that both come from the same policy and "
-                "the same algo.noise_level and policy.num_denoising_steps."
+                f"on the first minibatch the learner's {self.sampler.compared} differs from the rollout's by {gap:.3g} "
+                f"standard deviations; algo.mean_tolerance is {self.config.mean_tolerance:g}. {self.sampler.advice}"
             )
         if not ratio < self.config.ratio_tolerance:
             raise InvariantError(
@@ -364,20 +373,21 @@ class Learner:
 
     @torch.no_grad()
     def _measure_kl(self, data: TensorDict) -> tuple[float, dict[str, float]]:
-        """Exact KL from the collecting policy, in nats per chunk: over everything, and per denoising step."""
+        """Exact KL from the collecting policy, in nats per chunk: over everything, and of the sampler's parts."""
         group = self.group
         batches = list(data.split(self.config.minibatch_size))
         most = int(group.largest(len(batches))[0])
-        parts = [
-            gaussian_kl(new.gaussian.mean, batch["mean"], new.gaussian.std, batch["mask"])
+        kls = [
+            self.sampler.kl(self.forward(batch).likelihood.parameters, batch)
             for batch in [*batches, *[_nothing(data)] * (most - len(batches))]
-            for new in [self.forward(batch)]
         ]
-        kl = torch.cat(parts[: len(batches)])
-        of_step = [kl[data["step"] == k] for k in range(self.schedule.num_steps)]
-        found = group.total(*(len(values) for values in of_step))
-        per_step = {f"ppo/kl_step_{k}": group.mean(values) for k, values in enumerate(of_step) if found[k]}
-        return group.mean(kl), per_step
+        kl = torch.cat(kls[: len(batches)])
+        parts = {name: kl[rows] for name, rows in self.sampler.parts(data).items()}
+        found = group.total(*(len(values) for values in parts.values())) if parts else []
+        per_part = {
+            name: group.mean(values) for (name, values), number in zip(parts.items(), found, strict=True) if number
+        }
+        return group.mean(kl), per_part
 
     def _set_learning_rate(self, iteration: int) -> None:
         scale = self._lr_scale

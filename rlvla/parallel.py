@@ -22,62 +22,55 @@ from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.nn.parallel import DistributedDataParallel
 
-from rlvla.acting import bind
 from rlvla.config import LearnerStrategy
-from rlvla.policies.base import Context, FlowPolicy
+from rlvla.policies.base import ChunkPolicy, Context
 from rlvla.ranks import Group
-from rlvla_algos.flow import Schedule, transition
+from rlvla.samplers import Likelihood, Sampler
 
 
 class Scored(NamedTuple):
     """One pass over the rows of a minibatch."""
 
-    mean: Float[Tensor, "M H K"]
-    """Of the stored transition."""
-    std: Float[Tensor, "M 1 1"]
-    log_prob: Float[Tensor, "M H K"]
+    likelihood: Likelihood
     features: Float[Tensor, "M V"]
     """For the value head; they carry no gradient."""
 
 
-def context_of(policy: FlowPolicy, batch: TensorDict) -> Context:
+def context_of(policy: ChunkPolicy, batch: TensorDict) -> Context:
     """The stored context is used where the backbone is frozen."""
     return Context.from_tensordict(batch["context"]) if "context" in batch else policy.encode(batch["batch"])
 
 
-def score(policy: FlowPolicy, batch: TensorDict, schedule: Schedule) -> Scored:
-    """Score stored transitions under the policy as it is now."""
+def score(policy: ChunkPolicy, batch: TensorDict, sampler: Sampler) -> Scored:
+    """Score stored decisions under the policy as it is now."""
     context = context_of(policy, batch)
-    tau = schedule.at(batch["step"]).tau
-    velocity = bind(policy, context)(batch["before"], tau, batch["step"])
-    gaussian = transition(batch["before"], velocity, batch["step"], schedule)
-    return Scored(gaussian.mean, gaussian.std, gaussian.log_prob(batch["after"]), policy.value_features(context))
+    return Scored(sampler.score(policy, context, batch), policy.value_features(context))
 
 
 class Scorer(nn.Module):
     """`score` as the one forward of a module: the hooks of DDP and FSDP2 see nothing else of a policy."""
 
-    def __init__(self, policy: FlowPolicy) -> None:
+    def __init__(self, policy: ChunkPolicy) -> None:
         super().__init__()
         self.policy = policy
 
-    def forward(self, batch: TensorDict, schedule: Schedule) -> Scored:
-        return score(self.policy, batch, schedule)
+    def forward(self, batch: TensorDict, sampler: Sampler) -> Scored:
+        return score(self.policy, batch, sampler)
 
 
 class Whole:
     """One learner: the policy that acts is the one that is trained."""
 
-    def __init__(self, policy: FlowPolicy) -> None:
+    def __init__(self, policy: ChunkPolicy) -> None:
         self.policy = policy
 
     def parameter_groups(self) -> dict[str, list[nn.Parameter]]:
         """Of what is trained."""
         return self.policy.parameter_groups()
 
-    def score(self, batch: TensorDict, schedule: Schedule) -> Scored:
+    def score(self, batch: TensorDict, sampler: Sampler) -> Scored:
         """All ranks call it equally often."""
-        return score(self.policy, batch, schedule)
+        return score(self.policy, batch, sampler)
 
     def lend(self) -> None:
         """Before the epochs: the acting policy need not hold weights until `give_back`."""
@@ -104,27 +97,27 @@ class Whole:
 class Averaged(Whole):
     """DDP: every rank trains the whole policy, with the mean of all gradients."""
 
-    def __init__(self, policy: FlowPolicy) -> None:
+    def __init__(self, policy: ChunkPolicy) -> None:
         super().__init__(policy)
         # Buffers are constants; sending them would make a pass of one rank wait for the others.
         # Not every weight of a backbone takes part in its last hidden states.
         self._module = DistributedDataParallel(Scorer(policy), broadcast_buffers=False, find_unused_parameters=True)
 
-    def score(self, batch: TensorDict, schedule: Schedule) -> Scored:
-        return cast(Scored, self._module(batch, schedule))
+    def score(self, batch: TensorDict, sampler: Sampler) -> Scored:
+        return cast(Scored, self._module(batch, sampler))
 
 
 class Split(Whole):
     """FSDP2: every rank trains its part of each parameter and gathers a block's parameters when it runs."""
 
-    def __init__(self, policy: FlowPolicy, group: Group) -> None:
+    def __init__(self, policy: ChunkPolicy, group: Group) -> None:
         super().__init__(policy)
         acting = cast(nn.Module, policy)
         self._acting = list(acting.parameters())
         twin = copy.deepcopy(acting)
         device = self._acting[0].device.type
         self._mesh = init_device_mesh(device, (group.size,))
-        self._twin = cast(FlowPolicy, twin)
+        self._twin = cast(ChunkPolicy, twin)
         self._module = Scorer(self._twin)
         for unit in (*self._twin.sharding_units(), self._module):
             fully_shard(unit, mesh=self._mesh)
@@ -133,8 +126,8 @@ class Split(Whole):
     def parameter_groups(self) -> dict[str, list[nn.Parameter]]:
         return self._twin.parameter_groups()
 
-    def score(self, batch: TensorDict, schedule: Schedule) -> Scored:
-        return cast(Scored, self._module(batch, schedule))
+    def score(self, batch: TensorDict, sampler: Sampler) -> Scored:
+        return cast(Scored, self._module(batch, sampler))
 
     def lend(self) -> None:
         for parameter in self._acting:
@@ -189,7 +182,7 @@ class Split(Whole):
         )
 
 
-def hold(policy: FlowPolicy, group: Group, strategy: LearnerStrategy) -> Whole:
+def hold(policy: ChunkPolicy, group: Group, strategy: LearnerStrategy) -> Whole:
     """The policy as the ranks of a group train it; which parameters need gradients is decided before."""
     if group.size == 1:
         return Whole(policy)

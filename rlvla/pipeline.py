@@ -16,8 +16,8 @@ from rlvla.policies.base import ValueHead, context_is_fixed
 from rlvla.policies.policy import Policy
 from rlvla.ranks import Group, share
 from rlvla.rollout import collect
+from rlvla.samplers import Sampler
 from rlvla.workers import Envs
-from rlvla_algos.flow import Schedule as FlowSchedule
 
 STATE_FILE = "pipeline.pt"
 
@@ -31,7 +31,7 @@ class Collector:
     policy: Policy
     value_head: ValueHead
     envs: Envs
-    schedule: FlowSchedule
+    sampler: Sampler
     actor: Actor
     on_episodes: Callable[[int], None]
 
@@ -65,7 +65,7 @@ class Collector:
                 value_head,
                 self.envs,
                 states[first : first + count],
-                schedule=self.schedule,
+                sampler=self.sampler,
                 key=(config.seed, iteration),
                 store_context=context_is_fixed(actor.policy, config.algo.train_vlm),
                 value_final=config.algo.bootstrap_time_limit,
@@ -160,12 +160,12 @@ def make_collector(
     policy: Policy,
     value_head: ValueHead,
     envs: Envs,
-    schedule: FlowSchedule,
+    sampler: Sampler,
     actor: Actor,
     on_episodes: Callable[[int], None],
 ) -> Collector:
     kind = OneStepOff if config.schedule is Schedule["async"] else Collector
-    return kind(config, group, policy, value_head, envs, schedule, actor, on_episodes)
+    return kind(config, group, policy, value_head, envs, sampler, actor, on_episodes)
 
 
 def drop_stale(rollout: TensorDict, iteration: int, max_staleness: int) -> int:

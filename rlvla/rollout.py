@@ -14,9 +14,9 @@ from tensordict import TensorDict
 
 from rlvla.acting import Actor
 from rlvla.policies.base import Context, ValueHead, pad_tokens
+from rlvla.samplers import Sampler
 from rlvla.seeding import Stream, keyed_rng
 from rlvla.workers import Envs, Finish, Round
-from rlvla_algos.flow import Schedule
 from rlvla_envs.base import ChunkResult, EnvSpec, Observation
 
 Decide = Callable[[Observation, np.ndarray, np.ndarray], np.ndarray]
@@ -158,7 +158,7 @@ def collect(
     envs: Envs,
     initial_states: Sequence[int],
     *,
-    schedule: Schedule,
+    sampler: Sampler,
     key: tuple[int, int],
     store_context: bool,
     value_final: bool = True,
@@ -166,7 +166,7 @@ def collect(
     first_episode: int = 0,
     on_episodes: Callable[[int], None] = lambda _: None,
 ) -> TensorDict:
-    """Play training episodes with the stochastic sampler and record what the update needs.
+    """Play training episodes with a sampler that explores and record what the update needs.
 
     Args:
         key: (run seed, iteration): the first part of every noise key.
@@ -182,7 +182,7 @@ def collect(
         A TensorDict [E, T] over episodes and decisions, zero where ``valid`` is False. Episodes that were lost with
         their simulator are not in it:
 
-        * ``context`` or ``batch``; ``before``, ``after``, ``mean``, ``log_prob`` [H, K]; ``step``
+        * ``context`` or ``batch``; ``log_prob`` [H, K] and what else the sampler stores (`rlvla.samplers`)
         * ``mask`` [H, K]: action entries that are not padding and were executed
         * ``initial_state``, ``state_value``
         * (``next``, ``state_value``, ``reward``, ``terminated``, ``truncated``, ``done``, ``success``,
@@ -203,20 +203,16 @@ def collect(
             keyed_rng(seed, Stream.ROLLOUT, iteration, first_episode + int(e), int(t))
             for e, t in zip(episode, decision, strict=True)
         ]
-        thought = actor.decide(observation, rngs, temperature=1.0, schedule=schedule)
+        thought = actor.decide(observation, rngs, temperature=1.0, sampler=sampler)
         made = thought.decision
         source = {"context": thought.context.to_tensordict()} if store_context else {"batch": thought.batch}
         decided[int(episode[0]), int(decision[0])] = TensorDict(
             {
                 **source,
-                "before": made.before,
-                "after": made.after,
-                "mean": made.mean,
-                "log_prob": made.log_prob,
-                "step": made.step,
+                **made.stored,
                 "value_features": policy.value_features(thought.context),
             },
-            batch_size=[len(made.step)],
+            batch_size=[len(made.stored)],
             device=device,
         )
         return made.action

@@ -1,4 +1,4 @@
-"""`rlvla sft`: flow matching on demonstrations; makes the checkpoint that `rlvla train` refines."""
+"""`rlvla sft`: imitation of demonstrations; makes the checkpoint that `rlvla train` refines."""
 
 import math
 import time
@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from rlvla.config import ConfigError, FlowTime, SFTConfig
+from rlvla.config import ConfigError, SFTConfig
 from rlvla.dataset import Demonstrations
 from rlvla.dataset_reader import load_dataset
 from rlvla.policies.action_stats import ActionStats
@@ -20,10 +20,10 @@ from rlvla.policies.policy import Policy
 from rlvla.policies.processor import load_tokenizer, train_tokenizer
 from rlvla.policies.prompted import PromptedPolicy, prompts_for_tokenizer
 from rlvla.run import Run, pick_device
-from rlvla.seeding import Stream, keyed_rng, normal, seed_torch
+from rlvla.samplers import evaluation_sampler
+from rlvla.seeding import Stream, keyed_rng, seed_torch
 from rlvla.sft_examples import examples_of
 from rlvla.vision_language import Reader, load_chats, next_token_loss, to_device
-from rlvla_algos.flow_matching import flow_matching_loss, interpolate
 from rlvla_envs.base import ActionComponent, Camera, EnvSpec, require_match
 
 
@@ -50,7 +50,7 @@ def run(config: SFTConfig) -> dict[str, Any]:
             "dataset": config.dataset,
             "episodes": demonstrations.num_episodes,
             "steps": config.steps,
-            "loss": record.last("loss/flow"),
+            "loss": record.last(evaluation_sampler(policy).imitation_metric),
             "minutes": record.minutes(),
         }
         record.finish(summary)
@@ -60,7 +60,7 @@ def run(config: SFTConfig) -> dict[str, Any]:
 def fit(
     policy: Policy, demonstrations: Demonstrations, config: SFTConfig, record: Run, device: str
 ) -> dict[str, torch.Tensor] | None:
-    """AdamW with warm-up and cosine decay on the two-level averaged velocity error, and on the answers to questions
+    """AdamW with warm-up and cosine decay on the imitation loss of the policy's kind, and on the answers to questions
     about images where there are any.
 
     Returns:
@@ -75,23 +75,19 @@ def fit(
         parameter.requires_grad_(True)
     optimizer = torch.optim.AdamW(trained, lr=config.lr, weight_decay=config.weight_decay)
     average: dict[str, torch.Tensor] | None = None
+    sampler = evaluation_sampler(policy)
     started = time.monotonic()
     for step in range(config.steps):
         rng = keyed_rng(config.seed, Stream.SFT, step)
         batch, action, valid = examples.draw(rng, config.batch_size)
-        draws = config.noise_draws * config.batch_size
-        noise = torch.from_numpy(normal(rng, draws, *action.shape[1:]))
-        tau = torch.from_numpy(draw_flow_time(rng, draws, config))
-        action, valid = (x.repeat(config.noise_draws, 1, 1) for x in (action, valid))
-        noise, tau, action, valid, batch = (x.to(device) for x in (noise, tau, action, valid, batch))
+        action, valid, batch = (x.to(device) for x in (action, valid, batch))
 
         for group in optimizer.param_groups:
             group["lr"] = config.lr * learning_rate_factor(step, config.steps, config.warmup_steps)
         with torch.set_grad_enabled(not context_is_fixed(policy, config.train_vlm)):
-            context = policy.encode(batch).repeat(config.noise_draws)
-        velocity = examples.velocity(context, interpolate(action, noise, tau), tau, valid)
-        loss = flow_matching_loss(velocity, action, noise, valid)
-        losses = {"loss/flow": float(loss.detach())}
+            context = policy.encode(batch)
+        loss = sampler.imitation_loss(policy, context, action, valid, rng, config, examples.velocity)
+        losses = {sampler.imitation_metric: float(loss.detach())}
         optimizer.zero_grad(set_to_none=True)
         torch.autograd.backward(loss)
         if questions is not None:
@@ -113,7 +109,7 @@ def fit(
             rate = (step + 1) / (time.monotonic() - started)
             row = {**losses, "optim/grad_norm": float(norm), "speed/steps_per_s": rate}
             record.log({"kind": "sft", "step": step + 1, "minutes": record.minutes(), **row})
-            record.progress.bar(f"sft loss {losses['loss/flow']:.3f}", step + 1, config.steps)
+            record.progress.bar(f"sft loss {losses[sampler.imitation_metric]:.3f}", step + 1, config.steps)
     return average
 
 
@@ -208,17 +204,6 @@ def _foreign_spec(demonstrations: Demonstrations, suite: EnvSpec) -> EnvSpec:
             "control_hz": demonstrations.fps,
         }
     )
-
-
-def draw_flow_time(rng: np.random.Generator, size: int, config: SFTConfig) -> np.ndarray:
-    """tau in [0.001, 0.999]: at 0 the velocity is undefined by the data, at 1 it is the data's mean."""
-    if config.flow_time is FlowTime.beta:
-        tau = rng.beta(config.beta_alpha, config.beta_beta, size)
-    elif config.flow_time is FlowTime.sigmoid_normal:
-        tau = 1 / (1 + np.exp(-rng.standard_normal(size)))
-    else:
-        tau = rng.random(size)
-    return np.clip(tau, 1e-3, 1 - 1e-3).astype(np.float32)
 
 
 def learning_rate_factor(step: int, num_steps: int, warmup: int) -> float:

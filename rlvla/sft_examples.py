@@ -1,6 +1,6 @@
 """What `rlvla sft` learns from: chunks that start at any frame, or whole trajectories told from text alone."""
 
-from typing import NamedTuple, Protocol
+from typing import NamedTuple, Protocol, cast
 
 import numpy as np
 import torch
@@ -10,7 +10,7 @@ from torch import Tensor
 
 from rlvla.config import ConfigError, SFTConfig
 from rlvla.dataset import Demonstrations, action_chunks
-from rlvla.policies.base import Context
+from rlvla.policies.base import Context, FlowPolicy
 from rlvla.policies.policy import Policy
 from rlvla.policies.qwen_vla import QwenVLA
 from rlvla.seeding import normal
@@ -69,7 +69,8 @@ class Chunks:
         return Drawn(batch, self._action[rows], self._valid[rows])
 
     def velocity(self, context: Context, sample: Tensor, tau: Tensor, valid: Tensor) -> Tensor:
-        return self._policy.velocity(context, sample, tau)
+        # A flow's; a distribution is not asked.
+        return cast(FlowPolicy, self._policy).velocity(context, sample, tau)
 
 
 class Trajectories:

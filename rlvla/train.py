@@ -1,4 +1,4 @@
-"""`rlvla train`: PPO on a flow-matching policy. Collect whole episodes, estimate advantages, update, repeat."""
+"""`rlvla train`: PPO on a policy. Collect whole episodes, estimate advantages, update, repeat."""
 
 import os
 from collections.abc import Callable, Mapping, Sequence
@@ -23,11 +23,10 @@ from rlvla.ranks import ALONE, Group, share
 from rlvla.recovery import Incident
 from rlvla.report import write_report
 from rlvla.run import Run, check_output, pick_device
+from rlvla.samplers import Sampler, training_sampler
 from rlvla.seeding import seed_torch
 from rlvla.trials import weights_digest
 from rlvla.workers import Envs, open_envs
-from rlvla_algos.flow import Schedule as FlowSchedule
-from rlvla_algos.flow import flow_sde_schedule
 from rlvla_algos.gae import generalized_advantage_estimate
 from rlvla_algos.ppo import normalize_advantage
 from rlvla_envs.base import EnvSpec, require_match
@@ -45,7 +44,7 @@ class Side:
     group: Group
     policy: Policy
     value_head: ValueHead
-    schedule: FlowSchedule
+    sampler: Sampler
     learner: Learner
     actor: Actor
 
@@ -69,19 +68,19 @@ def prepare(config: TrainConfig, group: Group) -> Side:
     seed_torch(config.seed)
     policy = load_policy(Path(config.policy), device)
     value_head = ValueHead(policy.value_size, config.algo.value_hidden_sizes).to(device)
-    schedule = flow_sde_schedule(policy.num_denoising_steps, config.algo.noise_level).to(device)
+    sampler = training_sampler(policy, config.algo)
     learner = Learner(
         policy,
         value_head,
         config.algo,
-        schedule,
+        sampler,
         seed=config.seed,
         total_iterations=config.iterations,
         group=group,
         strategy=config.learners.strategy,
     )
     actor = Actor(policy, block=config.inference_batch, device=device)
-    return Side(config, group, policy, value_head, schedule, learner, actor)
+    return Side(config, group, policy, value_head, sampler, learner, actor)
 
 
 def lead(config: TrainConfig, group: Group, losses: Sequence[str] = ()) -> dict[str, Any]:
@@ -264,7 +263,7 @@ def follow(config: TrainConfig, group: Group) -> None:
 def collector_of(side: Side, envs: Envs, on_episodes: Callable[[int], None]) -> Collector:
     """What collects this rank's part of each iteration's episodes, on its own simulators and its own device."""
     return make_collector(
-        side.config, side.group, side.policy, side.value_head, envs, side.schedule, side.actor, on_episodes
+        side.config, side.group, side.policy, side.value_head, envs, side.sampler, side.actor, on_episodes
     )
 
 

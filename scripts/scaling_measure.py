@@ -29,11 +29,10 @@ from rlvla.recovery import Incident
 from rlvla.rollout import collect
 from rlvla.run import pick_device
 from rlvla.run_folder import read_run
+from rlvla.samplers import Sampler, training_sampler
 from rlvla.seeding import seed_torch
 from rlvla.train import add_advantages
 from rlvla.workers import Envs, Finish, Reply, Round, open_envs
-from rlvla_algos.flow import Schedule as FlowSchedule
-from rlvla_algos.flow import flow_sde_schedule
 from rlvla_envs.base import Demonstration, Observation
 
 DRAWS = 16
@@ -234,7 +233,7 @@ class _Trainer:
     device: str
     policy: QwenVLA
     value_head: ValueHead
-    schedule: FlowSchedule
+    sampler: Sampler
     learner: Learner
 
     @classmethod
@@ -247,9 +246,9 @@ class _Trainer:
         config = replace(config, algo=algo, iterations=iterations)
         policy = load_policy(Path(config.policy), device)
         value_head = ValueHead(policy.value_size, algo.value_hidden_sizes).to(device)
-        schedule = flow_sde_schedule(policy.num_denoising_steps, algo.noise_level).to(device)
-        learner = Learner(policy, value_head, algo, schedule, seed=config.seed, total_iterations=iterations)
-        return cls(config, device, policy, value_head, schedule, learner)
+        sampler = training_sampler(policy, algo)
+        learner = Learner(policy, value_head, algo, sampler, seed=config.seed, total_iterations=iterations)
+        return cls(config, device, policy, value_head, sampler, learner)
 
     def states(self, envs: Envs, number: int, iteration: int) -> list[int]:
         weights = task_weights(self.config, envs.spec.task_names(), dict.fromkeys(envs.spec.task_names(), 0.0))
@@ -279,7 +278,7 @@ def measure_schedule(
     rollout_s, update_s, epochs = [], [], []
     decisions = env_steps = 0
     collector = make_collector(
-        trainer.config, ALONE, trainer.policy, trainer.value_head, envs, trainer.schedule, actor, lambda _: None
+        trainer.config, ALONE, trainer.policy, trainer.value_head, envs, trainer.sampler, actor, lambda _: None
     )
 
     def states(iteration: int) -> list[int]:
@@ -365,7 +364,7 @@ def measure(
                 trainer.value_head,
                 _TimedEnvs(envs, actor.watch),
                 states,
-                schedule=trainer.schedule,
+                sampler=trainer.sampler,
                 key=(config.seed, iteration),
                 store_context=not algo.train_vlm,
                 value_final=algo.bootstrap_time_limit,

@@ -6,7 +6,7 @@ channels of the suite, V value features.
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol, TypeGuard
 
 import numpy as np
 import torch
@@ -15,6 +15,7 @@ from tensordict import TensorDict
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from rlvla_algos.distribution import NormalBernoulli
 from rlvla_envs.base import EnvSpec, Observation
 
 
@@ -88,20 +89,15 @@ class Decision(NamedTuple):
 
     action: Float[np.ndarray, "B H C"]
     """In env units; the simulator clips its own copy."""
-    before: Float[Tensor, "B H K"]
-    after: Float[Tensor, "B H K"]
-    mean: Float[Tensor, "B H K"]
-    log_prob: Float[Tensor, "B H K"]
-    step: Int[Tensor, " B"]
-    """Which denoising step was stochastic."""
+    stored: TensorDict
+    """[B]: what the policy's kind of sampler scores again (`rlvla.samplers`), ``log_prob`` [B H K] among it."""
 
 
-class FlowPolicy(Protocol):
-    """A policy whose action decoder is a flow. One SDE sampler and one log-prob stand above it."""
+class ChunkPolicy(Protocol):
+    """What every policy is, however it decodes actions. Each is a `FlowPolicy` or a `DistributionPolicy`."""
 
     env_spec: EnvSpec
     """The conventions it was trained under."""
-    num_denoising_steps: int
     horizon: int
     """H, of the padded action tensor."""
     channels: int
@@ -128,16 +124,6 @@ class FlowPolicy(Protocol):
         """Detached, always: the critic must not move the backbone."""
         ...
 
-    def velocity(
-        self,
-        context: Context,
-        sample: Float[Tensor, "B H K"],
-        tau: Float[Tensor, " B"],
-        step: Int[Tensor, " B"] | None = None,
-    ) -> Float[Tensor, "B H K"]:
-        """v = Y_1 - Y_0 at flow time tau, 1 being noise."""
-        ...
-
     def action_mask(self) -> Bool[Tensor, "H K"]:
         """Entries that mean something: inside the chunk, an action channel, and not constant in the data."""
         ...
@@ -156,13 +142,48 @@ class FlowPolicy(Protocol):
         ...
 
 
-def trained_groups(policy: FlowPolicy, train_vlm: bool) -> list[str]:
+class FlowPolicy(ChunkPolicy, Protocol):
+    """A policy whose action decoder is a flow. One SDE sampler and one log-prob stand above it."""
+
+    num_denoising_steps: int
+
+    def velocity(
+        self,
+        context: Context,
+        sample: Float[Tensor, "B H K"],
+        tau: Float[Tensor, " B"],
+        step: Int[Tensor, " B"] | None = None,
+    ) -> Float[Tensor, "B H K"]:
+        """v = Y_1 - Y_0 at flow time tau, 1 being noise."""
+        ...
+
+
+class DistributionPolicy(ChunkPolicy, Protocol):
+    """A policy whose action decoder gives a distribution over the chunk in one pass."""
+
+    def distribution(self, context: Context) -> NormalBernoulli:
+        """Over chunks in the policy's own units, before any clipping."""
+        ...
+
+    def imitation_loss(
+        self, context: Context, action: Float[Tensor, "B H K"], mask: Bool[Tensor, "B H K"]
+    ) -> Float[Tensor, ""]:
+        """What SFT minimises: of demonstrated chunks, as `actions_from_env` gives them, where ``mask`` is True."""
+        ...
+
+
+def has_distribution(policy: ChunkPolicy) -> TypeGuard[DistributionPolicy]:
+    """Which of the two kinds a policy is. `rlvla.samplers` asks; nobody else should have to."""
+    return hasattr(policy, "distribution")
+
+
+def trained_groups(policy: ChunkPolicy, train_vlm: bool) -> list[str]:
     """Names of the parameter groups that are trained, the backbone last."""
     names = [n for n in policy.parameter_groups() if n != "vlm" and n not in policy.frozen_groups]
     return sorted(names, key=lambda name: name != "expert") + ["vlm"] * train_vlm
 
 
-def context_is_fixed(policy: FlowPolicy, train_vlm: bool) -> bool:
+def context_is_fixed(policy: ChunkPolicy, train_vlm: bool) -> bool:
     """Whether contexts stay what they are while the policy is trained, so that they can be stored and used again."""
     return not policy.context_groups.intersection(trained_groups(policy, train_vlm))
 

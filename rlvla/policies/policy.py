@@ -15,11 +15,13 @@ from torch import Tensor, nn
 
 from rlvla.policies.action_stats import ActionStats
 from rlvla.policies.base import Context
+from rlvla_algos.distribution import NormalBernoulli
 from rlvla_envs.base import EnvSpec, Observation
 
 
 class Policy(nn.Module):
-    """A policy that can be trained, stored in a folder and read again.
+    """A policy that can be trained, stored in a folder and read again: a `PolicyWithFlow` or a
+    `PolicyWithDistribution`.
 
     Subclasses take ``(config, env_spec, stats, tokenizer)``, call `__init__` of this class first, and ``self.eval()``
     last: a policy is deterministic given its noise, so there is no dropout in SFT, rollouts or updates, and the ratio
@@ -39,11 +41,10 @@ class Policy(nn.Module):
         *,
         horizon: int,
         channels: int,
-        num_denoising_steps: int,
     ) -> None:
         super().__init__()
         self.config, self.env_spec, self.stats, self.tokenizer = config, env_spec, stats, tokenizer
-        self.horizon, self.channels, self.num_denoising_steps = horizon, channels, num_denoising_steps
+        self.horizon, self.channels = horizon, channels
         mask = np.zeros((horizon, channels), dtype=np.bool_)
         mask[: env_spec.chunk_size, : env_spec.action_size] = stats.active
         self._action_mask: Tensor
@@ -63,15 +64,6 @@ class Policy(nn.Module):
 
     @abstractmethod
     def value_features(self, context: Context) -> Float[Tensor, "B V"]: ...
-
-    @abstractmethod
-    def velocity(
-        self,
-        context: Context,
-        sample: Float[Tensor, "B H K"],
-        tau: Float[Tensor, " B"],
-        step: Int[Tensor, " B"] | None = None,
-    ) -> Float[Tensor, "B H K"]: ...
 
     @abstractmethod
     def parameter_groups(self) -> dict[str, list[nn.Parameter]]: ...
@@ -104,6 +96,45 @@ class Policy(nn.Module):
             if not module.inv_freq.is_meta:
                 module.inv_freq = frequency.to(module.inv_freq.device)
         return self
+
+
+class PolicyWithFlow(Policy):
+    """A policy that decodes actions with a flow (`rlvla.policies.base.FlowPolicy`)."""
+
+    def __init__(
+        self,
+        config: Any,
+        env_spec: EnvSpec,
+        stats: ActionStats,
+        tokenizer: Any,
+        *,
+        horizon: int,
+        channels: int,
+        num_denoising_steps: int,
+    ) -> None:
+        super().__init__(config, env_spec, stats, tokenizer, horizon=horizon, channels=channels)
+        self.num_denoising_steps = num_denoising_steps
+
+    @abstractmethod
+    def velocity(
+        self,
+        context: Context,
+        sample: Float[Tensor, "B H K"],
+        tau: Float[Tensor, " B"],
+        step: Int[Tensor, " B"] | None = None,
+    ) -> Float[Tensor, "B H K"]: ...
+
+
+class PolicyWithDistribution(Policy):
+    """A policy that gives a distribution over the chunk (`rlvla.policies.base.DistributionPolicy`)."""
+
+    @abstractmethod
+    def distribution(self, context: Context) -> NormalBernoulli: ...
+
+    @abstractmethod
+    def imitation_loss(
+        self, context: Context, action: Float[Tensor, "B H K"], mask: Bool[Tensor, "B H K"]
+    ) -> Float[Tensor, ""]: ...
 
 
 def check_sizes(

@@ -17,7 +17,7 @@ from rlvla.policies.architectures import check_name
 from rlvla.policies.backbone import VLMConfig, token_ids, vlm_config, widen_vision
 from rlvla.policies.base import Context
 from rlvla.policies.expert import Expert, ExpertConfig
-from rlvla.policies.policy import check_sizes
+from rlvla.policies.policy import PolicyWithFlow, check_sizes
 from rlvla.policies.prompted import PromptedPolicy, pool
 from rlvla_envs.base import EnvSpec
 
@@ -44,7 +44,7 @@ class QwenVLAConfig:
             )
 
 
-class QwenVLA(PromptedPolicy):
+class QwenVLA(PromptedPolicy, PolicyWithFlow):
     """The policy. See `rlvla.policies.base.FlowPolicy` for what each method promises."""
 
     def __init__(self, config: QwenVLAConfig, env_spec: EnvSpec, stats: ActionStats, tokenizer: Any) -> None:

@@ -16,16 +16,16 @@ import torch
 from rlvla import collect, evaluate, sft
 from rlvla.acting import Actor
 from rlvla.compose import compose
-from rlvla.config import ClusterConfig, WorkerKind, WorkersConfig
+from rlvla.config import AlgoConfig, ClusterConfig, WorkerKind, WorkersConfig
 from rlvla.hosts import SimulatorHost
 from rlvla.policies.base import ValueHead
 from rlvla.policies.folder import load_policy
 from rlvla.ray_envs import RayEnvs
 from rlvla.rollout import collect as collect_rollout
 from rlvla.rollout import play
+from rlvla.samplers import training_sampler
 from rlvla.seeding import seed_torch, training_state
 from rlvla.workers import Envs, open_envs, wants_spare
-from rlvla_algos.flow import flow_sde_schedule
 from rlvla_envs.base import SuiteConfig
 
 WORKERS = WorkersConfig(num_actors=2, envs_per_actor=2, timeout_s=8)
@@ -94,7 +94,7 @@ def rollout(policy_folder: Path, envs: Envs, num_groups: int = 1) -> Any:
         ValueHead(policy.value_size),
         envs,
         STATES,
-        schedule=flow_sde_schedule(policy.num_denoising_steps, 0.5),
+        sampler=training_sampler(policy, AlgoConfig(noise_level=0.5)),
         key=(0, 0),
         store_context=True,
         num_groups=num_groups,

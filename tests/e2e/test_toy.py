@@ -15,6 +15,7 @@ from rlvla.learner import InvariantError, Learner
 from rlvla.policies.base import ValueHead
 from rlvla.policies.folder import load_policy
 from rlvla.rollout import collect as collect_rollout
+from rlvla.samplers import FlowSampler, training_sampler
 from rlvla.seeding import seed_torch, training_state
 from rlvla.workers import Envs, open_envs
 from rlvla_algos.flow import Schedule, flow_sde_schedule
@@ -47,14 +48,14 @@ def make_rollout(
     config = compose(
         "train", [*TOY, f"policy={policy_folder}", "algo.min_successes=0", "algo.critic_only_iterations=0"]
     )
-    schedule = flow_sde_schedule(policy.num_denoising_steps, config.algo.noise_level)
-    learner = Learner(policy, head, config.algo, schedule, seed=0, total_iterations=1)
+    sampler = training_sampler(policy, config.algo)
+    learner = Learner(policy, head, config.algo, sampler, seed=0, total_iterations=1)
     rollout = collect_rollout(
         Actor(policy, block=16, device="cpu"),
         head,
         envs,
         [training_state(0, 9, i) for i in range(episodes)],
-        schedule=schedule,
+        sampler=sampler,
         key=(0, 0),
         store_context=True,
         value_final=value_final,
@@ -209,8 +210,8 @@ def test_training_the_backbone_moves_it_and_a_frozen_one_stays(sft_policy: Path,
 def test_a_learner_whose_time_grid_is_shifted_by_a_step_is_stopped(sft_policy: Path) -> None:
     envs = toy_envs("local", 1, 8)
     rollout, learner = make_rollout(sft_policy, envs)
-    schedule = learner.schedule
-    learner.schedule = Schedule(schedule.tau.roll(-1), *schedule[1:])
+    schedule = flow_sde_schedule(4, learner.config.noise_level)
+    learner.sampler = FlowSampler(Schedule(schedule.tau.roll(-1), *schedule[1:]))
     with pytest.raises(InvariantError, match="transition mean differs"):
         learner.update(rollout, 0)
 
@@ -232,7 +233,7 @@ def test_a_schedule_without_the_drift_correction_is_refused(sft_policy: Path) ->
             policy,
             ValueHead(policy.value_size),
             config.algo,
-            right._replace(w1=right.tau_next),
+            FlowSampler(right._replace(w1=right.tau_next)),
             seed=0,
             total_iterations=1,
         )

@@ -219,7 +219,7 @@ def test_a_wrong_type_is_refused_with_key_value_and_what_it_must_be(override: st
         ("train", "algo.policy_lr=0", "0.0", "positive"),
         ("train", "algo.value_lr=nan", "nan", "positive"),
         ("train", "algo.max_grad_norm=-1", "-1.0", "positive"),
-        ("train", "algo.entropy_coef=0.01", "0.01", "Raise algo.noise_level to explore more"),
+        ("train", "algo.entropy_coef=-0.01", "-0.01", "0 or more"),
         ("train", "iterations=-1", "-1", "0 or more"),
         ("train", "episodes_per_iteration=0", "0", "at least 1"),
         ("train", "save_every=0", "0", "at least 1"),

@@ -28,7 +28,9 @@ PAGES = sorted(
 )
 SOURCES = [p for d in ("rlvla", "algos", "envs", "configs", "scripts") for p in (ROOT / d).rglob("*.*")]
 METRICS = ROOT / "docs/metrics.md"
-LOGGING = [ROOT / "rlvla" / f"{name}.py" for name in ("train", "learner", "sft", "run", "evaluate", "collect")]
+LOGGING = [
+    ROOT / "rlvla" / f"{name}.py" for name in ("train", "learner", "samplers", "sft", "run", "evaluate", "collect")
+]
 
 FENCE = re.compile(r"^```(\w*)\n(.*?)^```", re.MULTILINE | re.DOTALL)
 LINK = re.compile(r"\[((?:[^\[\]`]|`[^`]*`)*)\]\(([^()\s]+)\)")

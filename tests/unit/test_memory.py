@@ -34,9 +34,9 @@ from rlvla.policies.folder import save_policy
 from rlvla.policies.footprint import Footprint
 from rlvla.policies.qwen_vla import QwenVLA
 from rlvla.rollout import collect
+from rlvla.samplers import training_sampler
 from rlvla.train import add_advantages
 from rlvla.workers import LocalEnvs
-from rlvla_algos.flow import flow_sde_schedule
 from rlvla_envs.base import FIRST_TRAINING_STATE
 
 EPISODES = 6
@@ -70,8 +70,8 @@ def size_of(config: DoctorConfig) -> Footprint:
 
 def learner_of(policy: QwenVLA, config: DoctorConfig) -> Learner:
     head = ValueHead(policy.value_size, config.algo.value_hidden_sizes)
-    schedule = flow_sde_schedule(policy.num_denoising_steps, config.algo.noise_level)
-    return Learner(policy, head, config.algo, schedule, seed=0, total_iterations=1)
+    sampler = training_sampler(policy, config.algo)
+    return Learner(policy, head, config.algo, sampler, seed=0, total_iterations=1)
 
 
 def rollout_of(policy: QwenVLA, config: DoctorConfig) -> TensorDict:
@@ -80,7 +80,7 @@ def rollout_of(policy: QwenVLA, config: DoctorConfig) -> TensorDict:
         ValueHead(policy.value_size, config.algo.value_hidden_sizes),
         LocalEnvs(config.suite, 8),
         [FIRST_TRAINING_STATE + i for i in range(EPISODES)],
-        schedule=flow_sde_schedule(policy.num_denoising_steps, config.algo.noise_level),
+        sampler=training_sampler(policy, config.algo),
         key=(0, 0),
         store_context=not config.algo.train_vlm,
     )

@@ -17,7 +17,9 @@ from rlvla.learner import InvariantError, Learner
 from rlvla.parallel import score
 from rlvla.policies.base import Context, ValueHead
 from rlvla.ranks import ALONE, Group, join, leave
+from rlvla.samplers import DistributionSampler, FlowSampler
 from rlvla.train import add_advantages
+from rlvla_algos.distribution import NormalBernoulli
 from rlvla_algos.flow import Schedule, flow_sde_schedule
 
 STRATEGIES = [LearnerStrategy.ddp, LearnerStrategy.fsdp]
@@ -73,16 +75,39 @@ class SmallPolicy(nn.Module):
         return [*self.vlm, *self.expert]
 
 
+class SmallDistribution(SmallPolicy):
+    """The same with a distribution over the chunk; its second channel is binary."""
+
+    velocity = None  # type: ignore[assignment]
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.expert = nn.ModuleList([nn.Linear(WIDTH, 7), nn.Linear(7, H * K)])
+        self.log_std = nn.Parameter(torch.tensor([-1.0, 0.0]))
+        self.eval()
+
+    def distribution(self, context: Context) -> NormalBernoulli:
+        first, second = self.expert
+        location = second(torch.tanh(first(context.tokens[:, 0]))).unflatten(1, (H, K))
+        shape = (len(location), 1, K)
+        return NormalBernoulli(location, self.log_std.expand(shape), torch.tensor([False, True]).expand(shape))
+
+    def parameter_groups(self) -> dict[str, list[nn.Parameter]]:
+        groups = super().parameter_groups()
+        return groups | {"expert": [*groups["expert"], self.log_std]}
+
+
 def parts(policy: nn.Module, group: Group, strategy: LearnerStrategy, **changes: Any) -> Learner:
     torch.manual_seed(1)
     head = ValueHead(WIDTH, (6,)).double()
-    schedule = Schedule(*(column.double() for column in flow_sde_schedule(4, 0.5)))
+    flow = FlowSampler(Schedule(*(column.double() for column in flow_sde_schedule(4, 0.5))))
+    sampler = DistributionSampler() if isinstance(policy, SmallDistribution) else flow
     config = AlgoConfig(**{**CONFIG, **changes})
     return Learner(
         policy,  # type: ignore[arg-type]
         head,
         config,
-        schedule,
+        sampler,
         seed=0,
         total_iterations=4,
         group=group,
@@ -90,9 +115,9 @@ def parts(policy: nn.Module, group: Group, strategy: LearnerStrategy, **changes:
     )
 
 
-def new_policy() -> SmallPolicy:
+def new_policy(kind: type[SmallPolicy] = SmallPolicy) -> SmallPolicy:
     torch.manual_seed(0)
-    return SmallPolicy().double()
+    return kind().double()
 
 
 def rollout_of(policy: Any, learner: Learner, iteration: int, share: slice, group: Group) -> TensorDict:
@@ -133,11 +158,16 @@ def rollout_of(policy: Any, learner: Learner, iteration: int, share: slice, grou
         if not learner.config.train_vlm:
             flat["context"] = context.to_tensordict()
             del flat["batch"]
-        flat["after"] = flat["before"]
-        scored = score(policy, flat, learner.schedule)
-        flat["mean"] = scored.mean
-        flat["after"] = scored.mean + scored.std * flat.pop("draw")
-        flat["log_prob"] = score(policy, flat, learner.schedule).log_prob
+        if isinstance(policy, SmallDistribution):
+            distribution = policy.distribution(context)
+            flat["sample"] = distribution.sample(flat.pop("draw"), 1.0)
+            flat["parameters"] = TensorDict(distribution.parameters(), batch_size=flat.batch_size)
+        else:
+            flat["after"] = flat["before"]
+            scored = score(policy, flat, learner.sampler).likelihood.parameters
+            flat["mean"] = scored["mean"]
+            flat["after"] = scored["mean"] + scored["std"] * flat.pop("draw")
+        flat["log_prob"] = score(policy, flat, learner.sampler).likelihood.log_prob
         flat["state_value"] = learner.value_head(policy.value_features(context)) * flat["valid"]
     rollout: TensorDict = flat.unflatten(0, data.shape)
     following = torch.zeros_like(rollout["state_value"])
@@ -147,10 +177,17 @@ def rollout_of(policy: Any, learner: Learner, iteration: int, share: slice, grou
     return rollout
 
 
-def train(group: Group, strategy: LearnerStrategy, updates: range, folder: Path | None, **changes: Any) -> Any:
+def train(
+    group: Group,
+    strategy: LearnerStrategy,
+    updates: range,
+    folder: Path | None,
+    kind: type[SmallPolicy] = SmallPolicy,
+    **changes: Any,
+) -> Any:
     """``updates`` on this rank's share; parameters, learner state and metrics after the last."""
     share = SHARES[group.rank] if group.size > 1 else slice(None)
-    policy = new_policy()
+    policy = new_policy(kind)
     learner = parts(policy, group, strategy, **changes)
     if folder is not None:
         saved = torch.load(folder / "state.pt", weights_only=True)
@@ -280,6 +317,29 @@ def test_two_ranks_with_uneven_shares_equal_one(
     assert [row["ppo/critic_only"] for row in alone["metrics"]] == [1, 0, 0, 0]
     assert len({row["optim/policy_lr"] for row in alone["metrics"]}) > 1
     assert {row["ppo/epochs"] for row in alone["metrics"]} == {2, 3}
+
+
+@pytest.mark.parametrize("strategy", STRATEGIES)
+def test_two_ranks_with_a_distribution_and_an_entropy_bonus_equal_one(
+    strategy: LearnerStrategy, tmp_path: Path
+) -> None:
+    changes = {"kind": SmallDistribution, "train_vlm": True, "vlm_lr": 1e-3, "entropy_coef": 0.01}
+    alone = train(ALONE, strategy, range(3), None, **changes)
+    both = done(on_two_ranks(tmp_path / "run", train, strategy, range(3), None, **changes))
+    assert_close(alone, both[0])
+    assert_close(alone["metrics"], both[1]["metrics"])
+    assert (alone["policy"]["log_std"] - torch.tensor([-1.0, 0.0])).abs()[0] > 1e-3
+    assert alone["policy"]["log_std"][1] == 0
+    assert alone["metrics"][-1]["ppo/kl"] > 0
+    assert "ppo/entropy" in alone["metrics"][-1]
+    assert not [name for name in alone["metrics"][-1] if name.startswith("ppo/kl_step")]
+
+
+def test_an_entropy_bonus_widens_the_distribution() -> None:
+    changes = {"kind": SmallDistribution, "lr_schedule": LRSchedule.constant, "kl_stop_factor": 100.0}
+    without, bonus = (train(ALONE, STRATEGIES[0], range(3), None, entropy_coef=coef, **changes) for coef in (0.0, 0.5))
+    assert bonus["policy"]["log_std"][0] > without["policy"]["log_std"][0] + 1e-3
+    assert bonus["metrics"][-1]["ppo/entropy"] > without["metrics"][-1]["ppo/entropy"]
 
 
 @pytest.mark.parametrize("strategy", STRATEGIES)
