@@ -22,6 +22,7 @@ class Stream(IntEnum):
     EVALUATION = 4
     MINIBATCH = 5
     SFT = 6
+    BOOTSTRAP = 7
 
 
 def keyed_rng(seed: int, stream: Stream, *key: int) -> np.random.Generator:
