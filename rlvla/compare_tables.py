@@ -10,6 +10,7 @@ from typing import Any
 
 from rlvla.comparison import LEVEL, TRAINED, Change, Comparison, p_text, points, support_sentence, verdict
 from rlvla.results import Result
+from rlvla_algos.statistics import average_interval
 
 Row = dict[str, Any]
 
@@ -42,8 +43,8 @@ def measured_rows(by_policy: Mapping[str, Sequence[Result]]) -> list[Row]:
                     "success": rate["success"],
                     "successes": rate["successes"],
                     "trials": rate["trials"],
-                    "wilson_low": rate["interval"][0],
-                    "wilson_high": rate["interval"][1],
+                    "interval_low": rate["interval"][0],
+                    "interval_high": rate["interval"][1],
                     "temperature": measured.temperature,
                     "max_episode_steps": measured.max_episode_steps,
                     "policy_sha256": result.policy_sha256,
@@ -56,12 +57,12 @@ def measured_rows(by_policy: Mapping[str, Sequence[Result]]) -> list[Row]:
 
 def _average(result: Result) -> Row:
     measured = result.evaluation
-    success = sum(rate["success"] for rate in measured.by_task.values()) / len(measured.by_task)
+    rates = measured.by_task.values()
     return {
-        "success": success,
+        "success": sum(rate["success"] for rate in rates) / len(rates),
         "successes": measured.successes,
         "trials": measured.trials,
-        "interval": measured.interval,
+        "interval": average_interval([(rate["successes"], rate["trials"]) for rate in rates]),
     }
 
 
@@ -156,8 +157,8 @@ def compared_markdown(comparison: Comparison, before: Sequence[Result], after: S
 
 METHOD = (
     "Success in per cent, the mean over a suite's tasks. Both policies played the same initial states with the same "
-    "noise. Intervals of rates are Wilson's; those of a task's change are Newcombe's, those of an average a paired "
-    "bootstrap over initial states with the tasks held fixed, all 95%. p is McNemar's exact one, two-sided, "
+    "noise. Intervals of rates are Wilson's, those of a change are Newcombe's for a task and a paired bootstrap over "
+    "initial states, with the tasks held fixed, for an average; all 95%. p is McNemar's exact one, two-sided, "
     "Holm-adjusted within each family: all tasks, all suites, the two groups."
 )
 POWER_NOTE = (

@@ -15,11 +15,11 @@ from rlvla.results import Result, differences
 from rlvla.seeding import Stream, keyed_rng
 from rlvla_algos.power import detectable_difference, fewest_changes, one_way_needed, trials_needed
 from rlvla_algos.statistics import (
+    average_interval,
     holm,
     macro_difference_interval,
     mcnemar_exact,
     paired_difference_interval,
-    wilson_interval,
 )
 
 LEVEL = 0.05
@@ -58,7 +58,7 @@ class Change:
     before: float
     after: float
     before_interval: tuple[float, float]
-    """Wilson 95%, of all its episodes together."""
+    """95%: Wilson's for a task, those of several added as squares."""
     after_interval: tuple[float, float]
     gained: int
     kept: int
@@ -206,8 +206,8 @@ def _change(
         trials=trials,
         before=float(np.mean([np.mean(p.before) for p in pairs])),
         after=float(np.mean([np.mean(p.after) for p in pairs])),
-        before_interval=wilson_interval(sum(before), trials),
-        after_interval=wilson_interval(sum(after), trials),
+        before_interval=average_interval([(sum(p.before), len(p.before)) for p in pairs]),
+        after_interval=average_interval([(sum(p.after), len(p.after)) for p in pairs]),
         never=trials - sum(counts.values()),
         p_value=p_value,
         p_holm=p_holm,

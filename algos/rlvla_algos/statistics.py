@@ -26,6 +26,28 @@ def wilson_interval(successes: int, trials: int, z: float = 1.959963984540054) -
     return max(0.0, centre - half), min(1.0, centre + half)
 
 
+def average_interval(counts: Sequence[tuple[int, int]], z: float = 1.959963984540054) -> tuple[float, float]:
+    """Interval of the mean of several independent proportions, 95% by default, each weighing the same.
+
+    Zou and Donner 2008: the distances of the Wilson bounds from each proportion are added as squares. That of one
+    proportion is its Wilson interval; it has a width at 0 and at 1 too.
+
+    Args:
+        counts: (successes, trials) of each.
+
+    Raises:
+        ValueError: none, or one that is not a proportion.
+    """
+    if not counts:
+        raise ValueError("an average needs at least one proportion.")
+    rates = [successes / trials if trials else 0.0 for successes, trials in counts]
+    bounds = [wilson_interval(successes, trials, z) for successes, trials in counts]
+    average = sum(rates) / len(rates)
+    down = math.sqrt(sum((rate - low) ** 2 for rate, (low, _) in zip(rates, bounds, strict=True))) / len(rates)
+    up = math.sqrt(sum((high - rate) ** 2 for rate, (_, high) in zip(rates, bounds, strict=True))) / len(rates)
+    return max(0.0, average - down), min(1.0, average + up)
+
+
 def mcnemar_exact(before: Sequence[bool], after: Sequence[bool]) -> float:
     """Two-sided exact McNemar test of paired outcomes on the same initial states.
 

@@ -204,7 +204,7 @@ def test_the_page_needs_nothing_else_and_names_stand_ins(pair: tuple[list[Result
 
 def test_a_hostile_name_stays_text(make_result: MakeResult) -> None:
     name = "<script>alert(1)</script>"
-    before, after = ([make_result(name, {name: [0, 1]}, policy, notes=(name,))] for policy in ("a", "b"))
+    before, after = ([make_result(name, {name: [0, 1]}, policy, notes=(name,))] for policy in (name, "b"))
     page = render(compare_results(before, after, []), before, after)
     assert "<script>alert" not in page
 
@@ -221,3 +221,10 @@ def test_policies_get_names_that_tell_them_apart() -> None:
 )
 def test_points_have_a_sign_and_nothing_has_none(difference: float, shown: str) -> None:
     assert points(difference) == shown
+
+
+def test_the_interval_of_a_suite_holds_its_rate_where_trials_differ(make_result: MakeResult) -> None:
+    sides = {"large": [1] * 190 + [0] * 10, "small": [0] * 10}
+    (suite,) = compare_results([make_result("s", sides)], [make_result("s", sides)], []).suites
+    assert suite.before == pytest.approx(0.475)
+    assert suite.before_interval[0] < suite.before < suite.before_interval[1] < 0.7

@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 from scipy.stats import binomtest
 
 from rlvla_algos.statistics import (
+    average_interval,
     holm,
     macro_difference_interval,
     mcnemar_exact,
@@ -172,3 +173,31 @@ def test_a_macro_average_of_nothing_is_refused() -> None:
         macro_difference_interval([], np.random.default_rng(0))
     with pytest.raises(ValueError, match="at least one initial state"):
         macro_difference_interval([np.zeros(0)], np.random.default_rng(0))
+
+
+def test_the_interval_of_an_average_by_hand() -> None:
+    # Wilson of 3 in 10 is (.108, .603), that of 0 in 10 (0, .278): the average is .15,
+    # down sqrt(.192^2 + 0) / 2 = .096, up sqrt(.303^2 + .278^2) / 2 = .206.
+    assert average_interval([(3, 10), (0, 10)]) == pytest.approx((0.054, 0.356), abs=1e-3)
+
+
+@given(successes=st.integers(0, 30), more=st.integers(0, 30))
+def test_the_interval_of_an_average_of_one_is_wilsons(successes: int, more: int) -> None:
+    trials = successes + more + 1
+    assert average_interval([(successes, trials)]) == pytest.approx(wilson_interval(successes, trials))
+
+
+def test_the_interval_of_an_average_holds_it_in_nineteen_of_twenty_simulations() -> None:
+    rng = np.random.default_rng(0)
+    rates, trials = np.array([0.05, 0.5, 0.9]), np.array([24, 63, 20])
+    drawn = rng.binomial(trials, rates, size=(2_000, 3))
+    held = 0
+    for counts in drawn.tolist():
+        low, high = average_interval(list(zip(counts, trials.tolist(), strict=True)))
+        held += low <= rates.mean() <= high
+    assert 0.935 < held / 2_000 < 0.975
+
+
+def test_an_average_of_nothing_is_refused() -> None:
+    with pytest.raises(ValueError, match="at least one proportion"):
+        average_interval([])
