@@ -222,7 +222,7 @@ def _outcome(result: Result, state: int) -> int:
 
 def _conditions(before: Sequence[Result], after: Sequence[Result]) -> str:
     rows = [
-        (escape(side), f"{escape(results[0].policy)}<br><code>SHA-256 {results[0].policy_sha256}</code>")
+        (escape(side), f"{escape(results[0].policy)}<br><code>SHA-256 {escape(results[0].policy_sha256)}</code>")
         for side, results in (("before", before), ("after", after))
     ]
     lines = "".join(f"<li>{escape(line)}</li>" for line in condition_lines(before))
