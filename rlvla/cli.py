@@ -9,8 +9,17 @@ VERBS = {
     "train": "refine a policy with PPO and prove what it gained",
     "eval": "measure a policy on held-back initial states",
     "forgetting": "measure what a policy's language model has lost, on questions of yours",
+    "compare": "say what one policy gained and lost against another, suite by suite, with exact tests",
+    "suites": "list the suites and what each lacks on this machine",
     "doctor": "say what works on this machine, how to cure the rest, and what memory a run takes",
 }
+
+POSITIONAL = {
+    "eval": "       rlvla eval POLICY... suites=[NAME,...] [key=value ...]   its options: add suites=[NAME] to this",
+    "compare": "       rlvla compare BEFORE AFTER suites=[NAME,...] [key=value ...]   policy folders or result files",
+    "suites": "       rlvla suites [NAME ...]",
+}
+"""Of verbs that take words without a key."""
 
 EXAMPLES = """examples:
   rlvla collect output=datasets/push_cube episodes=100
@@ -18,6 +27,8 @@ EXAMPLES = """examples:
   rlvla train policy=runs/sft/policy output=runs/ppo algo.target_kl=0.1
   rlvla eval policy=runs/ppo/policy suite=push_cube eval.trials=200 output=runs/eval
   rlvla forgetting before=runs/sft/policy after=runs/ppo/policy questions=questions.jsonl
+  rlvla eval runs/sft/policy runs/ppo/policy suites=[simpler_env,simpler_env_ood]
+  rlvla compare runs/sft/policy runs/ppo/policy suites=[simpler_env,simpler_env_ood] eval.trials=100
   rlvla doctor policy=qwen_vla_4b suite=simpler_env device_memory_gb=80"""
 
 
@@ -73,8 +84,9 @@ def _run(verb: str, overrides: list[str]) -> None:
         print(to_yaml(config), end="")
         return
     _quieten()
-    modules = {"eval": "evaluate"}
-    summary: dict[str, Any] = importlib.import_module(f"rlvla.{modules.get(verb, verb)}").run(config)
+    modules = {"EvaluateConfig": "evaluate", "EvaluateSuitesConfig": "evaluate_suites"}
+    module = modules.get(type(config).__name__, verb)
+    summary: dict[str, Any] = importlib.import_module(f"rlvla.{module}").run(config)
     print(json.dumps(summary))
     if not summary.get("ok", True):
         raise SystemExit(1)
@@ -111,6 +123,8 @@ def _verb_help(verb: str, overrides: list[str]) -> str:
     from rlvla.compose import describe, group_choices
 
     lines = [f"usage: rlvla {verb} [key=value ...]", "", VERBS[verb], ""]
+    if verb in POSITIONAL:
+        lines[2:2] = [POSITIONAL[verb], ""]
     for group, choices in group_choices(verb).items():
         lines.append(f"  {group}={'|'.join(choices)}")
     shown = f"as {' '.join(overrides)} sets them" if overrides else "with their defaults"

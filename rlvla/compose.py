@@ -5,7 +5,7 @@ Everything is checked at the door: an unknown key is an error that suggests the 
 
 import dataclasses
 import difflib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from enum import Enum
 from pathlib import Path
@@ -14,13 +14,17 @@ from typing import Any, cast
 from rlvla.config import (
     MISSING,
     CollectConfig,
+    CompareConfig,
     ConfigError,
     DoctorConfig,
     EvaluateConfig,
+    EvaluateSuitesConfig,
     ForgettingConfig,
     SFTConfig,
+    SuitesConfig,
     TrainConfig,
 )
+from rlvla.words import ACROSS_SUITES, read_words
 from rlvla_envs.base import SuiteConfig
 
 SCHEMAS: dict[str, type] = {
@@ -28,9 +32,20 @@ SCHEMAS: dict[str, type] = {
     "sft": SFTConfig,
     "train": TrainConfig,
     "eval": EvaluateConfig,
+    "eval_suites": EvaluateSuitesConfig,
+    "compare": CompareConfig,
+    "suites": SuitesConfig,
     "doctor": DoctorConfig,
     "forgetting": ForgettingConfig,
 }
+"""By verb; `eval_suites` is `rlvla eval` on several suites."""
+
+HOW_GIVEN = {
+    "before": "BEFORE AFTER suites=[...]",
+    "after": "BEFORE AFTER suites=[...]",
+    "policies": "POLICY... suites=[...]",
+}
+"""What is not given as KEY=PATH."""
 
 OPEN_KEYS = ("suite.options.", "task_weights.")
 """Mappings whose keys the suite checks."""
@@ -48,7 +63,10 @@ def compose(verb: str, overrides: Sequence[str]) -> Any:
         composed = _merge(verb, overrides)
         absent = sorted(OmegaConf.missing_keys(composed))
         if absent:
-            raise ConfigError(f"{', '.join(absent)} must be given: `rlvla {verb} {absent[0]}=PATH`. See --help.")
+            raise ConfigError(
+                f"{', '.join(absent)} must be given: `rlvla {verb} {HOW_GIVEN.get(absent[0], f'{absent[0]}=PATH')}`. "
+                "See --help."
+            )
         return OmegaConf.to_object(composed)
 
 
@@ -86,7 +104,7 @@ def describe(verb: str, overrides: Sequence[str] = ()) -> list[tuple[str, str, s
 
     with _config_errors():
         composed = _merge(verb, overrides)
-    rows = list(describe_schema(SCHEMAS[verb]))
+    rows = list(describe_schema(SCHEMAS[read_words(verb, overrides, suite_files()).schema]))
     policy = OmegaConf.get_type(composed, "policy") if "policy" in composed else None
     if dataclasses.is_dataclass(policy):
         rows = [row for row in rows if row[0] != "policy"] + list(describe_schema(cast(type, policy), "policy."))
@@ -117,6 +135,17 @@ def group_choices(verb: str) -> dict[str, list[str]]:
     return {group: sorted(f.stem for f in (config_dir() / group).glob("*.yaml")) for group in groups}
 
 
+def suite_files() -> list[str]:
+    """Names of the files under configs/suite."""
+    return sorted(f.stem for f in (config_dir() / "suite").glob("*.yaml"))
+
+
+def suite_of(name: str) -> SuiteConfig:
+    """A suite as its file under configs/suite has it."""
+    found: SuiteConfig = compose("collect", [f"suite={name}"]).suite
+    return found
+
+
 def config_dir() -> Path:
     """configs/ of the checkout, or the copy inside an installed wheel."""
     here = Path(__file__).resolve().parent
@@ -135,7 +164,10 @@ def _merge(verb: str, overrides: Sequence[str]) -> Any:
     if verb not in SCHEMAS:
         raise ConfigError(f"{verb!r} is not a verb; verbs: {', '.join(SCHEMAS)}.")
     _register_schemas()
-    _check_keys(verb, overrides)
+    words = read_words(verb, overrides, suite_files())
+    asked, verb, overrides = verb, words.schema, words.settings
+    _check_keys(asked, verb, [*overrides, *(word for own in words.suites.values() for word in own)])
+    suites = {name: _merge("collect", [f"suite={name}", *own]).suite for name, own in words.suites.items()}
     GlobalHydra.instance().clear()
     # To Hydra `policy=` names a file under configs/policy, which is right for sft alone; the other verbs
     # mean a folder on disk.
@@ -147,6 +179,10 @@ def _merge(verb: str, overrides: Sequence[str]) -> Any:
     for override, folder in zip(overrides, is_folder, strict=True):
         if folder:
             composed.policy = override.removeprefix("policy=")
+    for key, value in words.fixed.items():
+        composed[key] = value
+    if suites:
+        composed.suites = suites
     return composed
 
 
@@ -182,9 +218,15 @@ def _register_schemas() -> None:
         store.store(group="policy", name=f"base_{name}", node=architecture(name).config)
 
 
-def _check_keys(verb: str, overrides: Sequence[str]) -> None:
-    """Refuse what Hydra would accept and ignore (`+new=1`), and suggest the nearest key for what it refuses."""
+def _check_keys(asked: str, verb: str, overrides: Sequence[str]) -> None:
+    """Refuse what Hydra would accept and ignore (`+new=1`), and suggest the nearest key for what it refuses.
+
+    Args:
+        asked: the verb as the user typed it.
+    """
     known = {key for key, _, _ in describe_schema(SCHEMAS[verb], "")}
+    if verb in ACROSS_SUITES:
+        known |= {key for key, _, _ in describe_schema(SuiteConfig, "suite.")}
     if verb == "sft":
         known |= {key for key, _, _ in describe_schema(_policy_schema(overrides), "policy.")}
     known |= set(group_choices(verb))
@@ -192,7 +234,7 @@ def _check_keys(verb: str, overrides: Sequence[str]) -> None:
     for override in overrides:
         key, equals, value = override.partition("=")
         if not equals:
-            raise ConfigError(f"{override!r} is not of the form key=value. See `rlvla {verb} --help`.")
+            raise ConfigError(f"{override!r} is not of the form key=value. See `rlvla {asked} --help`.")
         key = key.lstrip("+~").split("@")[0]
         if key in choices and value not in choices[key]:
             close = difflib.get_close_matches(value, choices[key], n=1)
@@ -200,7 +242,7 @@ def _check_keys(verb: str, overrides: Sequence[str]) -> None:
             raise ConfigError(f"{key} is {value!r}; choose one of {', '.join(choices[key])}.{hint}")
         if key in known or any(key.startswith(open_) and open_.rstrip(".") in known for open_ in OPEN_KEYS):
             continue
-        raise ConfigError(f"{key!r} is not an option of `rlvla {verb}`.{_suggest(key, known)}")
+        raise ConfigError(f"{key!r} is not an option of `rlvla {asked}`.{_suggest(key, known)}")
 
 
 def _policy_schema(overrides: Sequence[str]) -> type:
@@ -231,6 +273,8 @@ def _shown(value: Any) -> str:
     """As one would type it on the command line."""
     if value is None or isinstance(value, bool):
         return {None: "null", True: "true", False: "false"}[value]
+    if isinstance(value, Mapping) and any(isinstance(entry, Mapping) for entry in value.values()):
+        return _shown(list(value))
     if isinstance(value, Sequence) and not isinstance(value, str):
         return f"[{', '.join(map(_shown, value))}]"
     return str(value.value if isinstance(value, Enum) else value)

@@ -107,6 +107,7 @@ def evaluate(
     shown: Frames | None = None,
     log: TrialLog | None = None,
     on_episodes: Callable[[int], None] = lambda _: None,
+    keep_frames: bool = True,
 ) -> tuple[Evaluation, Frames]:
     """Integrate the ODE from keyed noise on the held-back states of each task.
 
@@ -117,6 +118,7 @@ def evaluate(
         shown: the frames of an earlier evaluation on the same states. When given, every episode sees what its
             donor (`image_donors`) saw at the same decision: the shuffled-image probe.
         log: episodes it holds are not played again; every other one is added as it ends.
+        keep_frames: False returns none; a suite of many tasks sees gigabytes of them.
 
     Returns:
         The measurement, and the frames that the episodes played now saw with the first noise seed.
@@ -135,7 +137,8 @@ def evaluate(
         on_episodes(len(outcomes))
 
     donors = None if shown is None else image_donors(tasks)
-    play_trials(actor, envs, config, trials, missing, keep, seen=seen, shown=shown, donors=donors)
+    kept = seen if keep_frames else None
+    play_trials(actor, envs, config, trials, missing, keep, seen=kept, shown=shown, donors=donors)
 
     ended = [outcomes[episode] for episode in range(len(trials))]
     success = [outcome.success for outcome in ended]
@@ -180,7 +183,7 @@ def play_trials(
     chosen: Sequence[int],
     ended: Callable[[int, Outcome], None],
     *,
-    seen: Frames,
+    seen: Frames | None,
     shown: Frames | None = None,
     donors: Sequence[int] | None = None,
 ) -> None:
@@ -193,7 +196,7 @@ def play_trials(
     def decide(observation: Observation, row: np.ndarray, decision: np.ndarray) -> np.ndarray:
         episodes = number[row].tolist()
         for i, (e, t) in enumerate(zip(episodes, decision, strict=True)):
-            if trials[e].noise_seed == 0:
+            if seen is not None and trials[e].noise_seed == 0:
                 seen[e, int(t)] = observation.row(i)
         if shown is not None and donors is not None:
             observation = _swap_images(observation, shown, donors, number[row], decision)
@@ -373,10 +376,12 @@ def filmed_states(spec: EnvSpec, config: EvalConfig) -> list[int]:
     return [state for state in turns if state is not None][: config.videos]
 
 
-def film(actor: Actor, envs: Envs, config: EvalConfig, folder: Path, phase: str) -> list[dict[str, Any]]:
-    """Play some held-back states once more, each task's first ones, filming every step; returns the index entries."""
+def film(
+    actor: Actor, envs: Envs, config: EvalConfig, folder: Path, phase: str, states: Sequence[int] | None = None
+) -> list[dict[str, Any]]:
+    """Play ``states`` once more, `filmed_states` if none are given, filming every step; returns the index entries."""
     entries: list[dict[str, Any]] = []
-    for state in filmed_states(envs.spec, config):
+    for state in filmed_states(envs.spec, config) if states is None else states:
         frames, success, instruction = _film_episode(actor, envs, config, state)
         if not frames:
             return []

@@ -229,7 +229,7 @@ def videos_section(run: RunFolder) -> str:
             by_state.setdefault(state, {})
             continue
         spent += size
-        by_state.setdefault(state, {})[phase] = _video(file, phase, state, bool(entry.get("success")))
+        by_state.setdefault(state, {})[phase] = html_video(file, phase, state, bool(entry.get("success")))
     if not by_state:
         return html_section("Videos", html_missing("No videos were filmed."))
     phases = [p for p in ("before", "after") if any(p in shown for shown in by_state.values())]
@@ -246,7 +246,7 @@ def videos_section(run: RunFolder) -> str:
     return html_section("Videos", f'<div class="grid four">{"".join(pairs)}</div>{note}')
 
 
-def _video(file: Path, phase: str, state: str, success: bool) -> str:
+def html_video(file: Path, phase: str, state: str, success: bool) -> str:
     content = base64.b64encode(file.read_bytes()).decode()
     badge = '<b class="badge solved">✓ solved</b>' if success else '<b class="badge failed">✗ not solved</b>'
     label = escape(f"{phase}, initial state {state}, {'solved' if success else 'not solved'}")

@@ -23,8 +23,10 @@ from rlvla.config import ConfigError
 from rlvla.progress import Progress
 from rlvla.recovery import Incident
 
-RESUMABLE = ("train", "eval")
-FREE_TO_CHANGE = ("output", "device", "workers", "learners", "save_every", "keep_checkpoints", "max_minutes")
+REPEATABLE = ("eval_suites", "compare")
+"""Verbs whose output follows from a cache of results: the same command writes the same again."""
+RESUMABLE = ("train", "eval", *REPEATABLE)
+FREE_TO_CHANGE = ("output", "cache", "device", "workers", "learners", "save_every", "keep_checkpoints", "max_minutes")
 """Settings that no iteration depends on, but for the rounding of other devices and numbers of learners: a run may go on
 with others."""
 
@@ -57,7 +59,7 @@ class Run:
         self.resumed = resumed
         """The folder holds the beginning of this very run."""
         self.progress = Progress()
-        self._lock = lock or _lock(folder)
+        self._lock = lock or lock_folder(folder)
         self._read_metrics()
         # The clock counts on; the time in which nothing ran is left out.
         self._started = time.monotonic() - 60 * self._minutes_before()
@@ -79,7 +81,7 @@ class Run:
         folder = Path(config.output)
         try:
             folder.mkdir(parents=True, exist_ok=True)
-            lock = _lock(folder)
+            lock = lock_folder(folder)
             # Again: whoever held the lock may have begun a run meanwhile.
             resumed = check_output(config, verb)
             if not resumed:
@@ -92,10 +94,12 @@ class Run:
                 f"cannot write to {folder}: {error}. Free some space or choose another output=."
             ) from error
         suite = getattr(config, "suite", None)
-        title = f"{verb} {suite.task if suite else ''}".strip()
+        about = suite.task if suite else ", ".join(getattr(config, "suites", ()))
+        title = f"{verb.removesuffix('_suites')} {about}".strip()
         record = cls(folder, title, total, lock=lock, resumed=resumed)
         if resumed:
-            record.progress.note(f"{folder} holds an unfinished run; going on with it")
+            begun = "results of this command" if verb in REPEATABLE else "an unfinished run"
+            record.progress.note(f"{folder} holds {begun}; going on with it")
             record._note_versions(versions(simulator))
             for left in folder.glob(".policy.*"):
                 shutil.rmtree(left, ignore_errors=True)
@@ -283,15 +287,17 @@ def check_output(config: Any, verb: str) -> bool:
     if begun is None or not (folder / "config.yaml").is_file():
         raise ConfigError(f"output is {folder}, which is not empty. {advice}")
     # The report is written last; without it only that is missing.
-    if (folder / "summary.json").exists() and (begun not in RESUMABLE or (folder / "report.html").exists()):
+    finished = (folder / "summary.json").exists() and begun not in REPEATABLE
+    if finished and (begun not in RESUMABLE or (folder / "report.html").exists()):
         raise ConfigError(f"output is {folder}, which holds a finished {begun} run. {advice}")
     if begun != verb or verb not in RESUMABLE:
         raise ConfigError(f"output is {folder}, which holds an unfinished {begun} run. {advice}")
     differing = _differences(yaml.safe_load((folder / "config.yaml").read_text()), yaml.safe_load(to_yaml(config)))
     if differing:
+        state = f"results of {verb}" if verb in REPEATABLE else f"an unfinished {verb} run"
         raise ConfigError(
-            f"{folder} holds an unfinished {verb} run with other settings: {'; '.join(differing)}. Give the same ones "
-            "to go on with it, or choose another output=."
+            f"{folder} holds {state} with other settings: {'; '.join(differing)}. Give the same ones to go "
+            "on with it, or choose another output=."
         )
     return True
 
@@ -304,8 +310,11 @@ def _differences(before: Any, now: Any, prefix: str = "") -> list[str]:
     return [] if before == now else [f"{prefix[:-1]} was {before} and is {now}"]
 
 
-def _lock(folder: Path) -> IO[str]:
-    """Hold the folder until the process ends, however it ends.
+def lock_folder(folder: Path, otherwise: str = "choose another output=") -> IO[str]:
+    """Hold the folder until the file is closed or the process ends, however it ends.
+
+    Args:
+        otherwise: what a user can do who does not want to wait.
 
     Raises:
         ConfigError: another process holds it.
@@ -315,9 +324,7 @@ def _lock(folder: Path) -> IO[str]:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError as error:
         file.close()
-        raise ConfigError(
-            f"another process is writing to {folder}. Wait for it, stop it, or choose another output=."
-        ) from error
+        raise ConfigError(f"another process is writing to {folder}. Wait for it, stop it, or {otherwise}.") from error
     except OSError:
         # A file system without locks: better unguarded than not at all.
         pass

@@ -23,6 +23,7 @@ class Stream(IntEnum):
     MINIBATCH = 5
     SFT = 6
     VISION_LANGUAGE = 7
+    BOOTSTRAP = 8
 
 
 def keyed_rng(seed: int, stream: Stream, *key: int) -> np.random.Generator:

@@ -22,6 +22,9 @@ from rlvla.cli import VERBS
 from rlvla.compose import SCHEMAS, config_dir, describe_schema, group_choices
 from rlvla.policies.architectures import ARCHITECTURES, architecture
 
+FORMS = {"eval_suites": ("eval", "rlvla eval, several suites", "`rlvla eval POLICY... suites=[NAME,...]`")}
+"""Schemas of a verb's other form: the verb, the heading, how it is called."""
+
 PAGE = Path(__file__).resolve().parent.parent / "docs" / "reference" / "config.md"
 
 INTRODUCTION = """\
@@ -33,12 +36,14 @@ A verb takes `key=value` words in any order: `rlvla train policy=PATH algo.targe
 `rlvla sft`, `policy=NAME` choose a [YAML file](#yaml-files); every other key sets one value. `null` means none.
 `suite.options.KEY=VALUE` and `task_weights.TASK=VALUE` add entries; which there are, the suite says.
 
+Words without a key are policy folders (`eval`, `compare`) or suites (`suites`).
+
 `rlvla VERB key=value --help` prints a verb's options as the command sets them; `--cfg` prints the same as YAML. YAML
 files override the defaults below, and the command line overrides both. An unknown key, a
 wrong type and an impossible value are refused with exit status 2.
 
 A default of *required* has to be given. A folder named by `policy=` or `dataset=` is read, one named by `output=` is
-written and must not hold anything yet.
+written and must not hold anything yet, but for what the same command left there.
 """
 
 
@@ -58,21 +63,24 @@ def render() -> str:
     """The whole page."""
     parts = [INTRODUCTION]
     shared: dict[str, list[str]] = {}
-    for verb, purpose in VERBS.items():
-        schema = SCHEMAS[verb]
+    for verb, schema in SCHEMAS.items():
+        called, heading, form = FORMS.get(verb, (verb, f"rlvla {verb}", ""))
+        purpose = VERBS[called]
         chosen = dict(choice.split("=") for choice in _chosen(verb))
         own = [row for row in describe_schema(schema) if "." not in row[0]]
         rows = [(key, chosen.get(key, default), meaning) for key, default, meaning in own]
-        parts.append(f"## rlvla {verb}\n\n{_sentence(purpose)}\n\n{_table(schema, rows)}")
+        told = f"{_sentence(purpose)}{f' {form}' if form else ''}"
+        parts.append(f"## {heading}\n\n{told}\n\n{_table(schema, rows)}")
         blocks = _blocks(schema)
         for block in blocks:
             shared.setdefault(block, []).append(verb)
-        parts.append("And the shared " + ", ".join(f"[`{b}.*`](#{b})" for b in blocks) + ".\n")
+        if blocks:
+            parts.append("And the shared " + ", ".join(f"[`{b}.*`](#{b})" for b in blocks) + ".\n")
     for block, verbs in shared.items():
         schema = SCHEMAS[verbs[0]]
         nested = _blocks(schema)[block]
         rows = [row for row in describe_schema(schema) if row[0].startswith(f"{block}.")]
-        users = ", ".join(f"`rlvla {verb}`" for verb in verbs)
+        users = ", ".join(dict.fromkeys(f"`rlvla {FORMS.get(verb, (verb,))[0]}`" for verb in verbs))
         parts.append(f"## {block}\n\n{_first_line(nested)} Used by {users}.\n\n{_table(schema, rows)}")
     parts.append(
         "## policy\n\nThe architecture that `rlvla sft` builds; the other verbs read it from the policy's folder. "
@@ -87,7 +95,8 @@ def render() -> str:
 
 
 def _yaml_files() -> str:
-    choices = "\n".join(f"* `rlvla {verb}`: {', '.join(f'`{c}`' for c in _chosen(verb))}" for verb in VERBS)
+    chosen = {verb: _chosen(verb) for verb in VERBS}
+    choices = "\n".join(f"* `rlvla {v}`: {', '.join(f'`{c}`' for c in names)}" for v, names in chosen.items() if names)
     parts = ["## YAML files", "Without a choice on the command line a verb takes these:", choices]
     groups = {group: names for verb in VERBS for group, names in group_choices(verb).items()}
     for group, names in groups.items():

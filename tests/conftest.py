@@ -13,6 +13,7 @@ from hypothesis import settings
 
 if TYPE_CHECKING:
     from rlvla.policies.policy import Policy
+    from rlvla.results import Result
     from rlvla_envs.base import EnvSpec, VecEnv
 
 # Mesa reads this when the first Vulkan device is created.
@@ -127,5 +128,89 @@ def make_policy() -> Callable[..., "Policy"]:
                 if not parameter.any():
                     parameter.normal_(std=0.1)
         return policy
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def make_result() -> Callable[..., "Result"]:
+    """Results of an imagined suite: ``make_result("sim", {"carrot": [1, 0], "spoon": [1, 1]}, policy="sft")``."""
+    import json
+    from dataclasses import asdict
+
+    from rlvla.config import EvalConfig
+    from rlvla.evaluate import Evaluation
+    from rlvla.results import Result, identify
+    from rlvla_algos.statistics import wilson_interval
+    from rlvla_envs.base import EnvSpec, SuiteConfig
+
+    def make(
+        label: str,
+        outcomes: dict[str, list[int]],
+        policy: str = "sft",
+        visits: int = 1,
+        notes: tuple[str, ...] = (),
+        **settings: Any,
+    ) -> "Result":
+        counts = {task: len(of_task) // visits for task, of_task in outcomes.items()}
+        spec = EnvSpec(
+            suite=label,
+            task="all",
+            robot="point",
+            action=(),
+            cameras=(),
+            control_hz=5.0,
+            chunk_size=1,
+            max_episode_steps=4,
+            num_evaluation_states=sum(counts.values()),
+            tasks=tuple(outcomes),
+            evaluation_states_per_task=tuple(counts.values()),
+            notes=notes,
+        )
+        # All states with the first noise, then all with the second: as an evaluation has them.
+        states = list(range(spec.num_evaluation_states))
+        queues = {task: list(of_task) for task, of_task in outcomes.items()}
+        index = [spec.task_of(state) for _ in range(visits) for state in states]
+        episodes = [queues[spec.tasks[task]].pop(0) for task in index]
+        by_task = {
+            task: {
+                "trials": len(of_task),
+                "successes": sum(of_task),
+                "success": sum(of_task) / len(of_task),
+                "interval": list(wilson_interval(sum(of_task), len(of_task))),
+            }
+            for task, of_task in outcomes.items()
+        }
+        config = EvalConfig(**{"shuffled_images": False, "noise_seeds": visits, **settings})
+        described = {"config": asdict(SuiteConfig(name=label)), "version": {"suite": "1"}, "assets": list(notes)}
+        evaluation = Evaluation(
+            name=label,
+            suite=label,
+            task="all",
+            sampler="ode",
+            images="own",
+            temperature=config.temperature,
+            seed=config.seed,
+            max_episode_steps=4,
+            trials=len(episodes),
+            successes=sum(episodes),
+            success=sum(episodes) / len(episodes),
+            interval=wilson_interval(sum(episodes), len(episodes)),
+            outcomes=episodes,
+            initial_states=states * visits,
+            executed_steps=[1] * len(episodes),
+            noise_seeds=visits,
+            task_index=index,
+            by_task=by_task,
+            chunk_size=1,
+            variant="",
+            metrics={},
+            metrics_by_task={},
+            notes=list(notes),
+        )
+        identity = identify(policy, described, config, 16)
+        made = Result(identity, label, spec.to_dict(), f"runs/{policy}/policy", {"torch": "2.9"}, evaluation)
+        # As it would come from a file.
+        return Result.from_dict(json.loads(json.dumps(made.to_dict())))
 
     return make

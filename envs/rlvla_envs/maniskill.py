@@ -58,6 +58,7 @@ PANDA_ACTION = (
 )
 
 RENDERER = "vulkan"
+PACKAGES = ("mani-skill", "sapien")
 
 OPTIONS = {"camera", "shader", "render_backend", "sim_backend", "render_every_step"}
 

@@ -53,6 +53,7 @@ BACKENDS = ("physx_cpu", BATCHED)
 SUCCESS: tuple[RuleName, ...] = ("strict", "maniskill")
 
 RENDERER = "vulkan"
+PACKAGES = ("mani-skill", "sapien")
 
 MB_PER_PROCESS = 1000
 """An estimate, on the safe side: Python, torch, SAPIEN, lavapipe, and one scene of each task."""
@@ -324,6 +325,11 @@ def _gpu_is_usable() -> bool:
     import torch
 
     return torch.cuda.is_available()
+
+
+def outline(config: SuiteConfig) -> dict[str, int]:
+    """See `rlvla_envs.suites.outline`."""
+    return {task.name: len(task.configurations) for task in chosen_tasks(config.name, config.task)}
 
 
 def check_ready(config: SuiteConfig) -> Ready:

@@ -2,9 +2,12 @@
 
 import difflib
 import importlib
+import importlib.metadata
 import importlib.util
+import json
 import os
 import re
+import subprocess
 from pathlib import Path
 from types import ModuleType
 from typing import NamedTuple
@@ -17,6 +20,9 @@ SUITES = {
     "simpler_env": "rlvla_envs.simpler_env:SimplerEnv",
     "simpler_env_ood": "rlvla_envs.simpler_env:SimplerEnv",
 }
+
+HELD_OUT = {"simpler_env_ood"}
+"""Suites that are there to be measured on; nothing is trained on them."""
 
 
 def check_suite(config: SuiteConfig) -> None:
@@ -65,7 +71,8 @@ def make_env(config: SuiteConfig, num_envs: int) -> VecEnv:
 
 def suite_module(name: str) -> ModuleType:
     """The module of a suite. Beside its class it may have ``memory_mb`` (`check_memory`), ``check_ready``
-    (`check_ready`) and ``RENDERER`` ("vulkan" or "mujoco")."""
+    (`check_ready`), ``outline`` (`outline`), ``VERSION`` and ``PACKAGES`` (`suite_version`) and ``RENDERER`` ("vulkan"
+    or "mujoco")."""
     return importlib.import_module(SUITES[name].split(":")[0])
 
 
@@ -105,6 +112,54 @@ def check_ready(config: SuiteConfig) -> Ready:
     check = getattr(suite_module(config.name), "check_ready", None)
     ready: Ready = check(config) if check else Ready()
     return ready
+
+
+def outline(config: SuiteConfig) -> dict[str, int]:
+    """Tasks of a suite and how many enumerated initial states each has, without starting it. The suite's own function
+    of this name says; one without has the task of its configuration.
+
+    Raises:
+        ValueError: a task or an option that the suite does not have.
+    """
+    check_suite(config)
+    say = getattr(suite_module(config.name), "outline", None)
+    found: dict[str, int] = say(config) if say else {config.task: config.num_evaluation_states}
+    return found
+
+
+def suite_version(config: SuiteConfig) -> dict[str, str]:
+    """What measurements of a suite must share: our own version of it and those of the packages that simulate it.
+
+    The module's ``VERSION`` (a string, "1" where absent) is raised whenever the same actions would lead elsewhere;
+    ``PACKAGES`` names the distributions, asked in ``suite.python`` where the suite lives there.
+
+    Raises:
+        ValueError: that interpreter cannot be asked.
+    """
+    check_suite(config)
+    module = suite_module(config.name)
+    packages: tuple[str, ...] = getattr(module, "PACKAGES", ())
+    found = {"suite": str(getattr(module, "VERSION", "1"))}
+    if config.python is None:
+        return found | {name: _package_version(name) for name in packages}
+    code = (
+        "import importlib.metadata as m, json, sys\n"
+        "have = {d.metadata['Name'].lower().replace('_', '-'): d.version for d in m.distributions()}\n"
+        "print(json.dumps({n: have.get(n, 'absent') for n in sys.argv[1:]}))"
+    )
+    command = [interpreter_path(config.python), "-c", code, *packages]
+    try:
+        said = subprocess.run(command, capture_output=True, text=True, timeout=120, check=True).stdout
+        return found | dict(json.loads(said.splitlines()[-1]))
+    except (OSError, subprocess.SubprocessError, ValueError, IndexError) as error:
+        raise ValueError(f"suite.python is {config.python!r}, which does not say its packages: {error}.") from error
+
+
+def _package_version(name: str) -> str:
+    try:
+        return importlib.metadata.version(name)
+    except importlib.metadata.PackageNotFoundError:
+        return "absent"
 
 
 def memory_estimate_mb(config: SuiteConfig, num_envs: int) -> int | None:

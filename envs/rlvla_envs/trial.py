@@ -1,4 +1,4 @@
-"""Trials for `rlvla doctor`: draw a picture, play a chunk. Each in a process of its own: a broken driver ends it."""
+"""Trials: draw a picture, play a chunk, ask for conventions. Each in a process of its own: a broken driver ends it."""
 
 import os
 import re
@@ -59,6 +59,15 @@ def play(config: dict[str, Any]) -> dict[str, Any]:
         "blank": [name for name, image in first.images.items() if image.min() == image.max()],
         "peak_mb": _peak_mb(),
     }
+
+
+def conventions(config: dict[str, Any]) -> dict[str, Any]:
+    """`EnvSpec.to_dict` of a suite, which is started with one environment to ask; ``config`` as for `play`."""
+    env = make_env(SuiteConfig(**config), 1)
+    try:
+        return env.spec.to_dict()
+    finally:
+        env.close()
 
 
 def _peak_mb() -> int | None:

@@ -39,6 +39,8 @@ METRIC = re.compile(r"(?:rollout|ppo|loss|value|optim|time|speed)/\w+")
 STAND_INS = {"suite=mysuite": "suite=toy", "policy=mypolicy": "policy=qwen_vla_toy"}
 """Files that the how-to guides tell the reader to write -> ones that exist."""
 REQUIRED = {"sft": "dataset=PATH", "train": "policy=PATH", "eval": "policy=PATH"}
+NAMED = {"compare": ["BEFORE", "AFTER"]}
+"""Words without a key that have to be given."""
 
 
 def ids(page: Path) -> str:
@@ -136,7 +138,10 @@ def test_every_command_on_a_page_composes(page: Path) -> None:
     for verb, words in commands(page):
         assert verb in VERBS, f"rlvla {verb} does not exist"
         overrides = [STAND_INS.get(word, word) for word in words if not word.startswith("-")]
-        required = REQUIRED.get(verb, "")
+        bare = [word for word in overrides if "=" not in word]
+        overrides += [] if bare else NAMED.get(verb, [])
+        # Policies may be words without a key.
+        required = "" if bare else REQUIRED.get(verb, "")
         if required and not any(word.startswith(required.partition("=")[0] + "=") for word in overrides):
             overrides.append(required)
         compose(verb, overrides)
