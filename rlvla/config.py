@@ -483,6 +483,7 @@ class SuitesConfig:
         self.names = tuple(self.names)
 
 
+@dataclass(kw_only=True)
 class ForgettingConfig:
     """`rlvla forgetting`: what a policy's language model has lost between two policy folders."""
 
