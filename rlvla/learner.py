@@ -230,7 +230,7 @@ class Learner:
                     "ppo/clip_fraction": float(loss.clip_fraction),
                 }
                 if entropy is not None:
-                    measured["ppo/entropy"] = float(entropy)
+                    measured["ppo/entropy"] = float(entropy.detach())
                 batch_kl, *numbers = group.total(float(kl / part.rows), *measured.values())
                 epoch_kl += batch_kl
                 for name, number in (*zip(measured, numbers, strict=True), ("optim/grad_norm", norm)):
