@@ -99,10 +99,10 @@ class VLM4VLA(PromptedPolicy, PolicyWithDistribution):
     def initialize(self) -> None:
         widen_vision(self.vlm, self.config.vlm)
 
-    def prompt(self, instruction: str) -> str:
+    def prompt(self, instruction: str, *, images: bool = True, num_actions: int | None = None) -> str:
         """With a last token that holds the action query's place: `encode` puts the query there."""
         placeholder: str = self.tokenizer.pad_token
-        return super().prompt(instruction) + placeholder
+        return super().prompt(instruction, images=images, num_actions=num_actions) + placeholder
 
     def encode(self, batch: TensorDict) -> Context:
         """One token a row: the action query's last hidden state, which has read everything before it."""
@@ -118,7 +118,7 @@ class VLM4VLA(PromptedPolicy, PolicyWithDistribution):
             mm_token_type_ids=batch["token_type"],
             position_ids=batch["position_ids"].transpose(0, 1),
             use_cache=False,
-            **self.image_inputs(self.vlm, batch["images"]),
+            **self.image_inputs(self.vlm, batch),
         ).last_hidden_state
         return Context(
             tokens[rows, place][:, None],
