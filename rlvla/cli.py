@@ -5,7 +5,7 @@ from typing import Any
 
 VERBS = {
     "collect": "record a scripted expert's demonstrations as a LeRobotDataset v3",
-    "sft": "train a flow-matching policy on demonstrations",
+    "sft": "train a policy on demonstrations",
     "train": "refine a policy with PPO and prove what it gained",
     "eval": "measure a policy on held-back initial states",
     "forgetting": "measure what a policy's language model has lost, on questions of yours",

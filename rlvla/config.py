@@ -148,7 +148,8 @@ class AlgoConfig:
     """Chunk-level PPO on one Gaussian denoising step (Qwen-VLA, section 4.2; docs/mathematics.md)."""
 
     noise_level: float = 0.5
-    """a of the flow SDE: exploration and step size in one. 0.3 to 0.7; below 0.2 learns slowly at any KL."""
+    """a of the flow SDE, for flow policies: exploration and step size in one. 0.3 to 0.7; below 0.2 learns slowly at
+    any KL."""
     reduction: Reduction = Reduction.elementwise
     """What a ratio is of: every entry of the chunk, or the whole chunk summed (the paper), averaged, scaled."""
     clip_epsilon: float = 0.2
@@ -275,8 +276,9 @@ class EvalConfig:
     """A task with fewer states visits all of them again, with other policy noise, until it has `trials` episodes or
     each state was visited this often."""
     temperature: float = 0.6
-    """Factor on the initial noise of the ODE sampler. It alone moves success by ten points, so before and
-    after are always measured at the same one."""
+    """Factor on the initial noise of the ODE sampler. A policy with a distribution multiplies its deviations and
+    divides its gripper's logits by it; 0 is the mean and the threshold. It alone moves success by ten points, so before
+    and after are always measured at the same one."""
     shuffled_images: bool = True
     """Also measure with every environment shown another one's images: a policy that loses nothing is blind."""
     videos: int = 4
@@ -541,7 +543,7 @@ class VisionLanguageConfig:
 
 @dataclass(kw_only=True)
 class SFTConfig:
-    """`rlvla sft`: train flow matching on a dataset in the LeRobotDataset v3 layout."""
+    """`rlvla sft`: train a policy on a dataset in the LeRobotDataset v3 layout."""
 
     dataset: str = MISSING
     """Dataset folder: from `rlvla collect`, or anyone's in that layout."""
@@ -557,7 +559,7 @@ class SFTConfig:
     batch_size: int = 32
     """Frames per step; the VLM runs once on each."""
     noise_draws: int = 4
-    """(noise, flow time) draws per encoded frame. The expert is cheap next to the VLM."""
+    """(noise, flow time) draws per encoded frame, of a flow policy. The expert is cheap next to the VLM."""
     lr: float = 1e-3
     """Peak learning rate, after warm-up, before cosine decay."""
     warmup_steps: int = 40

@@ -17,6 +17,7 @@ from rlvla.policies.folder import load_policy
 from rlvla.report import write_report
 from rlvla.rollout import play
 from rlvla.run import Run, check_output, pick_device
+from rlvla.samplers import evaluation_sampler
 from rlvla.seeding import Stream, keyed_rng
 from rlvla.trials import Outcome, Trial, TrialLog, evaluation_states, plan_trials, weights_digest
 from rlvla.workers import Envs, Round, open_envs
@@ -147,7 +148,7 @@ def evaluate(
         name=name,
         suite=spec.suite,
         task=spec.task,
-        sampler="ode",
+        sampler=evaluation_sampler(actor.policy).name,
         images="own" if shown is None else "shuffled",
         temperature=config.temperature,
         seed=config.seed,

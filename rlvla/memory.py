@@ -15,7 +15,14 @@ from typing import Any
 
 from rlvla.cluster import OBJECT_STORE_BYTES
 from rlvla.config import ConfigError, DoctorConfig, WorkerKind
-from rlvla.policies.footprint import Footprint, build_unallocated, footprint, guess_tokens, load_unallocated
+from rlvla.policies.footprint import (
+    Footprint,
+    build_unallocated,
+    check_known,
+    footprint,
+    guess_tokens,
+    load_unallocated,
+)
 from rlvla.policies.qwen_vla import QwenVLA
 from rlvla.workers import wants_spare
 from rlvla_envs.base import ActionComponent, Camera, EnvSpec, SuiteConfig
@@ -215,7 +222,7 @@ def check_policy(policy: str) -> Any:
     """The configuration of a policy named by a file of configs/policy; None for a folder.
 
     Raises:
-        ConfigError: it is neither.
+        ConfigError: it is neither, or of an architecture that cannot be planned.
     """
     import difflib
 
@@ -228,7 +235,9 @@ def check_policy(policy: str) -> Any:
         close = difflib.get_close_matches(policy, names, n=1)
         hint = f" Did you mean {close[0]!r}?" if close else ""
         raise ConfigError(f"policy is {policy!r}: neither a folder nor one of {', '.join(names)}.{hint}")
-    return compose("sft", ["dataset=none", f"policy={policy}"]).policy
+    config = compose("sft", ["dataset=none", f"policy={policy}"]).policy
+    check_known(config)
+    return config
 
 
 def stand_in_spec(suite: SuiteConfig, channels: int) -> EnvSpec:

@@ -59,14 +59,14 @@ class Sampler(ABC):
     The stored decisions that are called ``data`` here have what `sample` stored.
     """
 
+    name: str
+    """In evaluation files: measurements by different samplers are not compared."""
     imitation_metric: str
     """Name of `imitation_loss` in metrics.jsonl."""
     compared: str
     """What `gap` compares, for messages."""
     advice: str
     """What else can make it differ, for messages."""
-    exploration: str
-    """The option that sets how much rollouts explore."""
 
     @abstractmethod
     def check(self, policy: ChunkPolicy) -> None:
@@ -98,6 +98,10 @@ class Sampler(ABC):
     @abstractmethod
     def recentre(self, data: TensorDict, parameters: Mapping[str, Tensor]) -> None:
         """Make the distribution of now the stored one, from which `kl` is measured."""
+
+    @abstractmethod
+    def exploration(self, algo: AlgoConfig) -> str:
+        """What sets how much rollouts explore, for messages."""
 
     def parts(self, data: TensorDict) -> dict[str, Bool[Tensor, " M"]]:
         """Rows whose KL is also logged apart, by name of the metric; the same names for any data."""
@@ -154,13 +158,13 @@ class FlowSampler(Sampler):
     schedule: Schedule | None
     """Of the stochastic step; None is the plain ODE, which can be sampled and imitated and not scored."""
 
+    name = "ode"
     imitation_metric = "loss/flow"
     compared = "transition mean"
     advice = (
         "The two use different weights, time grids, noise schedules or numerics: check that both come from the same "
         "policy and the same algo.noise_level and policy.num_denoising_steps."
     )
-    exploration = "algo.noise_level"
 
     def check(self, policy: ChunkPolicy) -> None:
         check_flow_sde(self._stochastic, cast(FlowPolicy, policy).num_denoising_steps)
@@ -201,6 +205,9 @@ class FlowSampler(Sampler):
     def recentre(self, data: TensorDict, parameters: Mapping[str, Tensor]) -> None:
         data["mean"] = parameters["mean"]
 
+    def exploration(self, algo: AlgoConfig) -> str:
+        return f"algo.noise_level (now {algo.noise_level:g})"
+
     def parts(self, data: TensorDict) -> dict[str, Bool[Tensor, " M"]]:
         return {f"ppo/kl_step_{k}": data["step"] == k for k in range(self._stochastic.num_steps)}
 
@@ -233,10 +240,10 @@ class FlowSampler(Sampler):
 class DistributionSampler(Sampler):
     """A distribution over the chunk: stores the ``sample`` and the ``parameters`` it was drawn with."""
 
+    name = "distribution"
     imitation_metric = "loss/imitation"
     compared = "distribution"
     advice = "The two use different weights or numerics: check that both come from the same policy."
-    exploration = "the policy's log_std and policy.gripper_temperature"
 
     def check(self, policy: ChunkPolicy) -> None:
         """Any will do."""
@@ -268,6 +275,9 @@ class DistributionSampler(Sampler):
 
     def recentre(self, data: TensorDict, parameters: Mapping[str, Tensor]) -> None:
         data["parameters"] = TensorDict(dict(parameters), batch_size=data.batch_size)
+
+    def exploration(self, algo: AlgoConfig) -> str:
+        return "policy.log_std_init, before rlvla sft"
 
     def imitation_loss(
         self,

@@ -181,7 +181,7 @@ def lead(config: TrainConfig, group: Group, losses: Sequence[str] = ()) -> dict[
                 row["speed/env_steps_per_s"] = row["rollout/env_steps"] / seconds
                 record.log(row)
                 record.progress.iteration(row)
-                sound_alarms(record, row, config.algo)
+                sound_alarms(record, row, config.algo, side.sampler.exploration(config.algo))
                 for incident in incidents:
                     record.restart(f"iteration {iteration}", incident)
                 measured: Evaluation | None = None
@@ -394,7 +394,7 @@ def sde_gap(row: Mapping[str, Any], evaluation: Evaluation) -> float:
     return float(sum(gaps) / len(gaps))
 
 
-def sound_alarms(record: Run, row: dict[str, Any], algo: AlgoConfig) -> None:
+def sound_alarms(record: Run, row: dict[str, Any], algo: AlgoConfig, exploration: str) -> None:
     """Say what a person would want to know before the run is over. Thresholds: docs/metrics.md."""
     iteration = row["iteration"]
 
@@ -405,7 +405,7 @@ def sound_alarms(record: Run, row: dict[str, Any], algo: AlgoConfig) -> None:
     if abs(gap) > MAX_SDE_GAP:
         alarm(
             f"with the rollout's noise the same weights succeed {100 * gap:+.0f} points from their evaluation; "
-            f"what PPO improves is not what is measured. Change algo.noise_level (now {algo.noise_level:g})"
+            f"what PPO improves is not what is measured. Change {exploration}"
         )
     if row["ppo/critic_only"]:
         if iteration >= algo.critic_only_iterations:

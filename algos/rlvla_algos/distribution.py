@@ -33,8 +33,9 @@ class NormalBernoulli(NamedTuple):
     """Which channels are binary."""
 
     def parameters(self) -> dict[str, Tensor]:
-        """What `kl` and `gap` need of it later."""
-        return self._asdict()
+        """What `kl` and `gap` need of it later, as copies: log_std may be a view of a weight, which changes with every
+        step, and under FSDP2 is freed after a backward pass."""
+        return {name: value.clone() for name, value in self._asdict().items()}
 
     def sample(self, noise: Chunk, temperature: float) -> Chunk:
         """Draw from standard normal noise: at temperature 1 the distribution itself, at 0 `deterministic`."""

@@ -12,6 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from rlvla.config import ConfigError
 from rlvla.policies.action_stats import ActionStats
 from rlvla.policies.folder import check_folder, read_config
 from rlvla.policies.processor import load_tokenizer, train_tokenizer
@@ -62,7 +63,17 @@ def load_unallocated(folder: Path) -> QwenVLA:
     """
     check_folder(folder)
     config, spec = read_config(folder / "config.yaml")
+    check_known(config)
     return build_unallocated(config, spec, load_tokenizer(folder))
+
+
+def check_known(config: Any) -> None:
+    """Raise ConfigError for an architecture whose memory is not worked out here."""
+    if not isinstance(config, QwenVLAConfig):
+        raise ConfigError(
+            f"policy.name is {config.name!r}; rlvla doctor plans the memory of qwen_vla alone. Run it without policy= "
+            "to check the machine."
+        )
 
 
 def build_unallocated(config: QwenVLAConfig, spec: EnvSpec, tokenizer: Any = None) -> QwenVLA:

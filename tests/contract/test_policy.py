@@ -25,7 +25,7 @@ from rlvla.samplers import Sampler, training_sampler
 from rlvla.seeding import Stream, keyed_rng
 from rlvla_envs.base import ActionComponent, EnvSpec, Observation, VecEnv
 
-POLICIES = ["qwen_vla_tiny", "qwen_vla_toy"]
+POLICIES = ["qwen_vla_tiny", "qwen_vla_toy", "vlm4vla_toy"]
 """Names under configs/policy that fit a test. The toy has K = 2 = action channels, the tiny one pads to 8."""
 
 SHORT, LONG = "reach the goal", "fly slowly and carefully through the gap, then turn and reach the green goal"
@@ -367,6 +367,8 @@ def test_the_value_loss_leaves_no_gradient_in_the_policy(policy: Policy, observe
 
 def test_the_value_reads_valid_tokens_only(policy: Policy, observe: Callable[..., Observation]) -> None:
     context = policy.encode(policy.collate(observe(2, [SHORT, LONG])))
+    if context.tokens.shape[1] == 1:
+        pytest.skip("keeps one token of those that it reads")
     for row in range(2):
         valid = context.tokens[row][context.mask[row]]
         torch.testing.assert_close(context.pooled[row], valid.mean(dim=0).detach(), atol=1e-5, rtol=1e-4)
@@ -455,9 +457,12 @@ def test_actions_survive_the_way_to_the_policy_and_back(policy: Policy) -> None:
 def test_what_overshoots_is_clipped_on_the_simulators_copy_only(
     policy: Policy, observe: Callable[..., Observation]
 ) -> None:
-    with torch.no_grad():
-        for parameter in policy.parameter_groups()["expert"][-2:]:
-            parameter *= 50  # samples far outside [-1, 1]
+    with torch.no_grad():  # samples far outside [-1, 1]
+        if has_distribution(policy):
+            policy.get_parameter("log_std").add_(3)
+        else:
+            for parameter in policy.parameter_groups()["expert"][-2:]:
+                parameter *= 50
     made = decide(policy, observe(4)).decision
     assert bool((made.action >= policy.stats.q01 - 1e-6).all() and (made.action <= policy.stats.q99 + 1e-6).all())
     scored = made.stored["sample" if has_distribution(policy) else "after"]

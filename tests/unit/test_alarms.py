@@ -23,7 +23,7 @@ HEALTHY = {
 
 def alarms(tmp_path: Path, **changes: Any) -> list[str]:
     with Run(tmp_path, "train", 1) as record:
-        sound_alarms(record, {**HEALTHY, **changes}, AlgoConfig(target_kl=0.1))
+        sound_alarms(record, {**HEALTHY, **changes}, AlgoConfig(target_kl=0.1), "algo.noise_level (now 0.5)")
     return [f"{alarm['where']}: {alarm['message']}" for alarm in read_run(tmp_path).alarms]
 
 

@@ -111,6 +111,14 @@ def test_the_gap_is_in_standard_deviations_and_sees_every_parameter() -> None:
     assert make(log_std=math.log(0.5) + 0.7).gap(old.parameters())[0, 0].tolist() == pytest.approx([0.7, 0.0])
 
 
+def test_what_is_stored_does_not_follow_the_weights() -> None:
+    weight = torch.zeros(2)
+    made = make()._replace(log_std=weight.expand(1, 1, 2))
+    stored = made.parameters()
+    weight += 1
+    assert stored["log_std"].tolist() == [[[0.0, 0.0]]]
+
+
 def test_the_imitation_loss_by_hand() -> None:
     # Poses 0.5 and 3 off: 0.125 and 2.5 (linear from 1 on). One step was not executed. Gripper: logit 0 costs log 2.
     location = torch.tensor([[[0.5, 0.0], [3.0, 9.0], [7.0, 7.0]]])

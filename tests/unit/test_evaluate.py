@@ -21,6 +21,8 @@ NAMES = ("carrot", "spoon")
 class Actor:
     """Acts by the keyed generator alone, so that noise can be told from noise."""
 
+    policy: Any = None
+
     def decide(self, observation: Observation, rngs: list[np.random.Generator], *, temperature: float) -> Any:
         class Decision:
             action = np.array([[[rng.random()]] for rng in rngs], dtype=np.float32)
