@@ -37,7 +37,9 @@ WORKERS = [
 ]
 TRAIN = ["algo.min_successes=0", "algo.epochs=2", "eval.trials=16", "eval.videos=0", "eval.shuffled_images=false"]
 MAX_GROWTH_MB, MAX_NEW_FILES = 40, 16
-QUIET_S = 20
+MIN_QUARTER = 20
+SETTLED = 3
+"""Iterations of a life after which the driver has allocated what it needs."""
 MARK = f"RLVLA_SOAK={os.getpid()}"
 """Other runs on this machine are none of ours."""
 
@@ -46,6 +48,8 @@ MARK = f"RLVLA_SOAK={os.getpid()}"
 class Watched:
     """What was seen of the driver in one life, and what was done to the run."""
 
+    begun_at: int = 0
+    """Iterations that were done before."""
     memory_mb: list[float] = field(default_factory=list)
     files: list[int] = field(default_factory=list)
     hosts: list[int] = field(default_factory=list)
@@ -132,7 +136,7 @@ def disturb(settings: list[str], run: Path, every: float, seed: int, until: floa
         if time.monotonic() > until:
             os.killpg(process.pid, signal.SIGKILL)
             sys.exit("the soak took longer than --minutes")
-        hosts = look(process.pid, lives[-1])
+        hosts = look(process.pid, lives[-1], settled=done(run) >= lives[-1].begun_at + SETTLED)
         if not works(run, began):
             # Whoever kills simulators faster than they start gets a run that gives up, and that is right.
             next_time = time.monotonic() + every
@@ -144,7 +148,7 @@ def disturb(settings: list[str], run: Path, every: float, seed: int, until: floa
             with suppress(ProcessLookupError):
                 os.killpg(process.pid, signal.SIGKILL)
             process.wait()
-            lives.append(Watched())
+            lives.append(Watched(begun_at=done(run)))
             began, process = time.time(), start(settings)
             continue
         with suppress(ProcessLookupError):
@@ -171,23 +175,31 @@ def works(run: Path, since: float) -> bool:
     return False
 
 
-def look(driver: int, life: Watched) -> list[int]:
-    """Note what the driver holds; the simulators it has."""
+def done(run: Path) -> int:
+    """Iterations that are logged."""
+    path = run / "metrics.jsonl"
+    return path.read_text().count('"kind": "iteration"') if path.exists() else 0
+
+
+def look(driver: int, life: Watched, *, settled: bool) -> list[int]:
+    """Note what the driver holds, once it has all it needs; the simulators it has."""
     hosts = [pid for pid in descendants(driver) if name_of(pid).startswith(HOST)]
     with suppress(OSError, StopIteration):
+        life.hosts.append(len(hosts))
+        if not settled:
+            return hosts
         status = Path(f"/proc/{driver}/status").read_text().splitlines()
         life.memory_mb.append(int(next(line for line in status if line.startswith("VmRSS")).split()[1]) / 1024)
         life.files.append(len(list(Path(f"/proc/{driver}/fd").iterdir())))
-        life.hosts.append(len(hosts))
     return hosts
 
 
 def growth(seen: list[float] | list[int]) -> float:
-    """From the second quarter of a life to the last; 0 for a life too short to tell."""
+    """From the first quarter of a settled life to the last; 0 for a life too short to tell."""
     quarter = len(seen) // 4
-    if quarter < 2 * QUIET_S:
+    if quarter < MIN_QUARTER:
         return 0.0
-    return statistics.median(seen[-quarter:]) - statistics.median(seen[quarter : 2 * quarter])
+    return statistics.median(seen[-quarter:]) - statistics.median(seen[:quarter])
 
 
 def median(values: list[float]) -> float | None:
