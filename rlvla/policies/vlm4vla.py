@@ -166,10 +166,13 @@ class VLM4VLA(PromptedPolicy, PolicyWithDistribution):
         features = self.projector(hidden)
         location = torch.zeros(len(hidden), self.horizon, self.channels, device=hidden.device)
         if self.pose_head is not None:
-            location[..., ~self._binary] = torch.tanh(self.pose_head(features).float()).unflatten(1, (self.horizon, -1))
+            location[..., ~self._binary] = torch.tanh(self._chunk(self.pose_head(features)))
         if self.gripper_head is not None:
-            location[..., self._binary] = self.gripper_head(features).float().unflatten(1, (self.horizon, -1))
+            location[..., self._binary] = self._chunk(self.gripper_head(features))
         return location * self._action_mask
+
+    def _chunk(self, flat: Float[Tensor, "B N"]) -> Float[Tensor, "B H n"]:
+        return flat.float().view(len(flat), self.horizon, -1)
 
 
 def binary_channels(spec: EnvSpec, gripper: str) -> Bool[np.ndarray, " C"]:
