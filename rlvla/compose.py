@@ -63,10 +63,10 @@ def compose(verb: str, overrides: Sequence[str]) -> Any:
         composed = _merge(verb, overrides)
         absent = sorted(OmegaConf.missing_keys(composed))
         if absent:
-            raise ConfigError(
-                f"{', '.join(absent)} must be given: `rlvla {verb} {HOW_GIVEN.get(absent[0], f'{absent[0]}=PATH')}`. "
-                "See --help."
-            )
+            given = " ".join(f"{key}=PATH" for key in absent)
+            if "suites" in composed:
+                given = HOW_GIVEN.get(absent[0], given)
+            raise ConfigError(f"{', '.join(absent)} must be given: `rlvla {verb} {given}`. See --help.")
         return OmegaConf.to_object(composed)
 
 
