@@ -47,8 +47,8 @@ HOW_GIVEN = {
 }
 """What is not given as KEY=PATH."""
 
-OPEN_KEYS = ("suite.options.", "task_weights.")
-"""Mappings whose keys the suite checks."""
+OPEN_KEYS = ("suite.options.", "task_weights.", "learning_rates.", "algo.learning_rates.")
+"""Mappings whose keys the suite or the policy checks."""
 
 
 def compose(verb: str, overrides: Sequence[str]) -> Any:

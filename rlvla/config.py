@@ -199,6 +199,11 @@ class AlgoConfig:
     """Gradient-norm clip over all policy parameters."""
     train_vlm: bool = False
     """Train the backbone too. False stores each decision's context once and never runs the VLM in an update."""
+    freeze: tuple[str, ...] = ()
+    """Parameter groups that stay as they are, by name: expert, or what else the policy has. vlm needs train_vlm=false
+    only."""
+    learning_rates: dict[str, float] = field(default_factory=dict)
+    """Rate of a trained group by name, instead of policy_lr and vlm_lr. lr_schedule moves all of them together."""
     critic_only_iterations: int = 1
     """First iterations that train the critic only."""
     min_successes: int = 8
@@ -213,6 +218,8 @@ class AlgoConfig:
 
     def __post_init__(self) -> None:
         self.value_hidden_sizes = tuple(self.value_hidden_sizes)
+        self.freeze = tuple(self.freeze)
+        _check_rates(self.learning_rates, "algo.learning_rates")
         _require(
             0 < self.clip_epsilon < 1,
             "algo.clip_epsilon",
@@ -587,6 +594,10 @@ class SFTConfig:
     """Save an exponential moving average of the weights instead; null has none. Usual: 0.999."""
     train_vlm: bool = True
     """Train the backbone too. False trains the action expert alone, as the paper's first stage does."""
+    freeze: tuple[str, ...] = ()
+    """Parameter groups that stay as they are, by name: expert, or what else the policy has."""
+    learning_rates: dict[str, float] = field(default_factory=dict)
+    """Peak rate of a trained group by name, instead of lr."""
     tokenizer: str | None = None
     """Folder with tokenizer files of a checkpoint; null trains a small one on the dataset's prompts."""
     start: str | None = None
@@ -599,12 +610,14 @@ class SFTConfig:
 
     def __post_init__(self) -> None:
         _check_common(self)
+        self.freeze = tuple(self.freeze)
+        _check_rates(self.learning_rates, "learning_rates")
         _require(self.sequence_length >= 0, "sequence_length", self.sequence_length, "0 (chunks) or more")
         _require(
-            self.vision_language.dataset is None or self.train_vlm,
+            self.vision_language.dataset is None or (self.train_vlm and "vlm" not in self.freeze),
             "vision_language.dataset",
             self.vision_language.dataset,
-            "null with train_vlm=false: it trains the backbone",
+            "null with train_vlm=false or freeze=[vlm]: it trains the backbone",
         )
         _require(self.steps >= 1, "steps", self.steps, "at least 1")
         _require(self.batch_size >= 1, "batch_size", self.batch_size, "at least 1")
@@ -662,6 +675,11 @@ class DoctorConfig(TrainConfig):
 def _require(condition: bool, key: str, value: object, must: str) -> None:
     if not condition:
         raise ConfigError(f"{key} is {value}; it must be {must}.")
+
+
+def _check_rates(rates: dict[str, float], key: str) -> None:
+    for name, rate in rates.items():
+        _require(0 < rate < math.inf, f"{key}.{name}", rate, "positive and finite; freeze=[...] keeps a group as it is")
 
 
 def _check_common(config: Any) -> None:

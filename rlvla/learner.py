@@ -13,6 +13,7 @@ from torch.distributed.tensor import DTensor
 from rlvla.config import AlgoConfig, LearnerStrategy, LRSchedule
 from rlvla.parallel import context_of, hold
 from rlvla.policies.base import ChunkPolicy, ValueHead, trained_groups
+from rlvla.policies.groups import check_groups, group_rates, require_gradients, trained_parameters
 from rlvla.ranks import ALONE, Group, naming_the_lost
 from rlvla.samplers import Likelihood, Sampler
 from rlvla.seeding import Stream, keyed_rng
@@ -72,16 +73,16 @@ class Learner:
         self.sampler, self.seed, self.total_iterations = sampler, seed, total_iterations
         self.group = group
         sampler.check(policy)
-        groups = policy.parameter_groups()
-        trained = trained_groups(policy, config.train_vlm)
-        for name, parameters in groups.items():
-            for parameter in parameters:
-                parameter.requires_grad_(name in trained)
+        check_groups(policy, config.freeze, "algo.freeze")
+        trained = trained_groups(policy, config.train_vlm, config.freeze)
+        rates = group_rates(
+            policy, trained, config.learning_rates, config.policy_lr, vlm=config.vlm_lr, key="algo.learning_rates"
+        )
+        require_gradients(policy, trained)
         self._held = hold(policy, group, strategy)
         # The value head is small and sees no gradient of the policy: every rank has all of it.
         group.equalize(value_head.parameters())
-        groups = self._held.parameter_groups()
-        rates = {name: config.vlm_lr if name == "vlm" else config.policy_lr for name in trained}
+        groups = trained_parameters(self._held, trained)
         self._policy_parameters = [p for name in trained for p in groups[name]]
         self._policy_optimizer = torch.optim.Adam(
             [{"params": groups[name], "lr": rates[name], "initial_lr": rates[name]} for name in trained],

@@ -67,7 +67,7 @@ class Collector:
                 states[first : first + count],
                 sampler=self.sampler,
                 key=(config.seed, iteration),
-                store_context=context_is_fixed(actor.policy, config.algo.train_vlm),
+                store_context=context_is_fixed(actor.policy, config.algo.train_vlm, config.algo.freeze),
                 value_final=config.algo.bootstrap_time_limit,
                 first_episode=first,
                 num_groups=2 if config.schedule is Schedule.pingpong else 1,

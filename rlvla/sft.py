@@ -16,6 +16,7 @@ from rlvla.policies.action_stats import ActionStats
 from rlvla.policies.architectures import architecture
 from rlvla.policies.base import context_is_fixed, trained_groups
 from rlvla.policies.folder import load_policy, save_policy
+from rlvla.policies.groups import check_groups, group_rates, require_gradients, trained_parameters
 from rlvla.policies.policy import Policy
 from rlvla.policies.processor import load_tokenizer, train_tokenizer
 from rlvla.policies.prompted import PromptedPolicy, prompts_for_tokenizer
@@ -68,12 +69,16 @@ def fit(
     """
     examples = examples_of(policy, demonstrations, config)
     questions = Questions(policy, config) if config.vision_language.dataset else None
-    groups = policy.parameter_groups()
-    trained = [p for name in trained_groups(policy, config.train_vlm) for p in groups[name]]
-    policy.requires_grad_(False)
-    for parameter in trained:
-        parameter.requires_grad_(True)
-    optimizer = torch.optim.AdamW(trained, lr=config.lr, weight_decay=config.weight_decay)
+    check_groups(policy, config.freeze, "freeze")
+    names = trained_groups(policy, config.train_vlm, config.freeze)
+    rates = group_rates(policy, names, config.learning_rates, config.lr, key="learning_rates")
+    require_gradients(policy, names)
+    groups = trained_parameters(policy, names)
+    trained = [p for parameters in groups.values() for p in parameters]
+    optimizer = torch.optim.AdamW(
+        [{"params": groups[name], "lr": rates[name], "initial_lr": rates[name]} for name in names],
+        weight_decay=config.weight_decay,
+    )
     average: dict[str, torch.Tensor] | None = None
     sampler = evaluation_sampler(policy)
     started = time.monotonic()
@@ -83,8 +88,8 @@ def fit(
         action, valid, batch = (x.to(device) for x in (action, valid, batch))
 
         for group in optimizer.param_groups:
-            group["lr"] = config.lr * learning_rate_factor(step, config.steps, config.warmup_steps)
-        with torch.set_grad_enabled(not context_is_fixed(policy, config.train_vlm)):
+            group["lr"] = group["initial_lr"] * learning_rate_factor(step, config.steps, config.warmup_steps)
+        with torch.set_grad_enabled(not context_is_fixed(policy, config.train_vlm, config.freeze)):
             context = policy.encode(batch)
         loss = sampler.imitation_loss(policy, context, action, valid, rng, config, examples.velocity)
         losses = {sampler.imitation_metric: float(loss.detach())}

@@ -34,7 +34,9 @@ INTRODUCTION = """\
 
 A verb takes `key=value` words in any order: `rlvla train policy=PATH algo.target_kl=0.05`. `suite=NAME` and, for
 `rlvla sft`, `policy=NAME` choose a [YAML file](#yaml-files); every other key sets one value. `null` means none.
-`suite.options.KEY=VALUE` and `task_weights.TASK=VALUE` add entries; which there are, the suite says.
+`suite.options.KEY=VALUE` and `task_weights.TASK=VALUE` add entries; which there are, the suite says. So do
+`learning_rates.GROUP=VALUE` and, for `rlvla train`, `algo.learning_rates.GROUP=VALUE`, for the policy's parameter
+groups.
 
 Words without a key are policy folders (`eval`, `compare`) or suites (`suites`).
 

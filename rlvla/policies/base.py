@@ -177,15 +177,20 @@ def has_distribution(policy: ChunkPolicy) -> TypeGuard[DistributionPolicy]:
     return hasattr(policy, "distribution")
 
 
-def trained_groups(policy: ChunkPolicy, train_vlm: bool) -> list[str]:
-    """Names of the parameter groups that are trained, the backbone last."""
-    names = [n for n in policy.parameter_groups() if n != "vlm" and n not in policy.frozen_groups]
-    return sorted(names, key=lambda name: name != "expert") + ["vlm"] * train_vlm
+def trained_groups(policy: ChunkPolicy, train_vlm: bool, freeze: Sequence[str] = ()) -> list[str]:
+    """Names of the parameter groups that are trained, the expert first and the backbone last.
+
+    Args:
+        freeze: groups that are not, beside ``frozen_groups`` (`rlvla.policies.groups.check_groups`).
+    """
+    frozen = policy.frozen_groups.union(freeze)
+    names = [n for n in policy.parameter_groups() if n not in frozen and (n != "vlm" or train_vlm)]
+    return sorted(names, key=lambda name: (name == "vlm", name != "expert"))
 
 
-def context_is_fixed(policy: ChunkPolicy, train_vlm: bool) -> bool:
+def context_is_fixed(policy: ChunkPolicy, train_vlm: bool, freeze: Sequence[str] = ()) -> bool:
     """Whether contexts stay what they are while the policy is trained, so that they can be stored and used again."""
-    return not policy.context_groups.intersection(trained_groups(policy, train_vlm))
+    return not policy.context_groups.intersection(trained_groups(policy, train_vlm, freeze))
 
 
 class ValueHead(nn.Module):
