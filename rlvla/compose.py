@@ -47,7 +47,7 @@ HOW_GIVEN = {
 }
 """What is not given as KEY=PATH."""
 
-OPEN_KEYS = ("suite.options.", "task_weights.", "learning_rates.", "algo.learning_rates.")
+OPEN_KEYS = ("suite.options.", "task_weights.", "learning_rates.", "algo.learning_rates.", "algo.teacher.weights.")
 """Mappings whose keys the suite or the policy checks."""
 
 

@@ -28,6 +28,13 @@ class Discount(Enum):
     per_step = "per_step"
 
 
+class Distance(Enum):
+    """What a teacher's pull is measured by (`rlvla_algos.distill`)."""
+
+    kl = "kl"
+    velocity = "velocity"
+
+
 class LRSchedule(Enum):
     constant = "constant"
     cosine = "cosine"
@@ -144,6 +151,67 @@ Schedule = Enum("Schedule", {"sync": "sync", "pingpong": "pingpong", "async": "a
 
 
 @dataclass(kw_only=True)
+class LoraConfig:
+    """Low-rank adapters instead of whole matrices (docs/how-to/fine-tuning-large-models.md). There is no dropout."""
+
+    rank: int = 0
+    """Of every adapter. 0 has none and trains the groups' own parameters; usual: 8 to 64."""
+    alpha: float = 32.0
+    """An adapter adds alpha / rank times its product to the matrix. The learning rate is the group's; adapters usually
+    want ten times that of the whole matrices."""
+    groups: tuple[str, ...] = ()
+    """Parameter groups that train adapters and nothing else; [] means all that are trained."""
+    targets: tuple[str, ...] = ()
+    """Linear layers that get one, by the end of their name such as q_proj; [] takes those of all transformer blocks
+    outside the vision tower, but for normalisation and the decay and gate of linear attention."""
+
+    def __post_init__(self) -> None:
+        self.groups, self.targets = tuple(self.groups), tuple(self.targets)
+        _require(self.rank >= 0, "lora.rank", self.rank, "0 (none) or more. Usual: 8 to 64")
+        _require(0 < self.alpha < math.inf, "lora.alpha", self.alpha, "positive and finite. Usual: 1 to 2 times rank")
+        for name in ("groups", "targets"):
+            given = getattr(self, name)
+            _require(self.rank > 0 or not given, f"lora.{name}", list(given), "[] with lora.rank=0, which has none")
+
+
+@dataclass(kw_only=True)
+class TeacherConfig:
+    """A frozen action teacher that the policy is kept near while it learns (docs/mathematics.md#teachers)."""
+
+    policy: str | None = None
+    """Policy folder of the same architecture and statistics, or start: the policy the run begins with. null: none."""
+    coef: float = 0.1
+    """Weight of the distance beside the policy loss, at the start where target_kl is set."""
+    target_kl: float | None = None
+    """Divergence from the teacher, in nats per chunk, that the coefficient is steered to after every update; null keeps
+    the coefficient. A multiple of algo.target_kl, which bounds one iteration."""
+    distance: Distance = Distance.kl
+    """kl: of the denoising step's Gaussian, exact. velocity: squared difference of velocities, which weighs all
+    denoising steps alike."""
+    weights: dict[str, float] = field(default_factory=dict)
+    """How much the distance counts in each task, by name; tasks left out count 1, and 0 is no teacher."""
+
+    def __post_init__(self) -> None:
+        _require(0 < self.coef < math.inf, "algo.teacher.coef", self.coef, "positive and finite. Usual: 0.01 to 1")
+        _require(
+            self.target_kl is None or 0 < self.target_kl < math.inf,
+            "algo.teacher.target_kl",
+            self.target_kl,
+            "positive and finite, or null",
+        )
+        for name, weight in self.weights.items():
+            _require(0 <= weight < math.inf, f"algo.teacher.weights.{name}", weight, "0 or more and finite")
+        for key in ("target_kl", "weights"):
+            given = getattr(self, key)
+            _require(
+                self.policy is not None or not given,
+                f"algo.teacher.{key}",
+                given,
+                "left out without algo.teacher.policy",
+            )
+
+
+@dataclass(kw_only=True)
 class AlgoConfig:
     """Chunk-level PPO on one Gaussian denoising step (Qwen-VLA, section 4.2; docs/mathematics.md)."""
 
@@ -204,6 +272,7 @@ class AlgoConfig:
     only."""
     learning_rates: dict[str, float] = field(default_factory=dict)
     """Rate of a trained group by name, instead of policy_lr and vlm_lr. lr_schedule moves all of them together."""
+    teacher: TeacherConfig = field(default_factory=TeacherConfig)
     critic_only_iterations: int = 1
     """First iterations that train the critic only."""
     min_successes: int = 8
@@ -320,6 +389,7 @@ class TrainConfig:
     cluster: ClusterConfig = field(default_factory=ClusterConfig)
     learners: LearnersConfig = field(default_factory=LearnersConfig)
     algo: AlgoConfig = field(default_factory=AlgoConfig)
+    lora: LoraConfig = field(default_factory=LoraConfig)
     eval: EvalConfig = field(default_factory=EvalConfig)
     schedule: Schedule = Schedule.sync
     """sync: simulators and policy take turns. pingpong: while one half of the actors runs its chunks the policy decides
@@ -598,6 +668,7 @@ class SFTConfig:
     """Parameter groups that stay as they are, by name: expert, or what else the policy has."""
     learning_rates: dict[str, float] = field(default_factory=dict)
     """Peak rate of a trained group by name, instead of lr."""
+    lora: LoraConfig = field(default_factory=LoraConfig)
     tokenizer: str | None = None
     """Folder with tokenizer files of a checkpoint; null trains a small one on the dataset's prompts."""
     start: str | None = None
@@ -618,6 +689,12 @@ class SFTConfig:
             "vision_language.dataset",
             self.vision_language.dataset,
             "null with train_vlm=false or freeze=[vlm]: it trains the backbone",
+        )
+        _require(
+            self.start is not None or self.lora.rank == 0,
+            "lora.rank",
+            self.lora.rank,
+            "0 without start=: the matrices beneath the adapters would stay random",
         )
         _require(self.steps >= 1, "steps", self.steps, "at least 1")
         _require(self.batch_size >= 1, "batch_size", self.batch_size, "at least 1")

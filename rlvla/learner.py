@@ -17,6 +17,8 @@ from rlvla.policies.groups import check_groups, group_rates, require_gradients, 
 from rlvla.ranks import ALONE, Group, naming_the_lost
 from rlvla.samplers import Likelihood, Sampler
 from rlvla.seeding import Stream, keyed_rng
+from rlvla.teachers import ActionTeacher
+from rlvla_algos.distill import distillation_loss, steer_coefficient
 from rlvla_algos.ppo import Totals, behaviour_weight, count_entries, explained_variance, ppo_loss
 
 KL_STEER = 1.5
@@ -68,6 +70,7 @@ class Learner:
         total_iterations: int,
         group: Group = ALONE,
         strategy: LearnerStrategy = LearnerStrategy.ddp,
+        teacher: ActionTeacher | None = None,
     ) -> None:
         self.policy, self.value_head, self.config = policy, value_head, config
         self.sampler, self.seed, self.total_iterations = sampler, seed, total_iterations
@@ -91,6 +94,8 @@ class Learner:
         # An optimizer of its own: in a critic-only update Adam's momentum must not move the policy.
         self._value_optimizer = torch.optim.Adam(value_head.parameters(), lr=config.value_lr, eps=1e-5)
         self._lr_scale = 1.0
+        self.teacher = teacher
+        self._teacher_coef = config.teacher.coef
 
     @property
     def policy_lr(self) -> float:
@@ -104,6 +109,7 @@ class Learner:
             "policy_optimizer": self._held.optimizer_state(self._policy_optimizer, keep=self.group.leads),
             "value_optimizer": self._value_optimizer.state_dict(),
             "lr_scale": self._lr_scale,
+            **({"teacher_coef": self._teacher_coef} if self.teacher else {}),
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
@@ -113,6 +119,8 @@ class Learner:
         self._held.load_optimizer_state(self._policy_optimizer, state["policy_optimizer"])
         self._value_optimizer.load_state_dict(state["value_optimizer"])
         self._lr_scale = float(state["lr_scale"])
+        if self.teacher:
+            self._teacher_coef = float(state["teacher_coef"])
 
     def target_kl(self, iteration: int) -> float:
         """Linear from ``target_kl`` in the first iteration to ``final_target_kl`` in the last."""
@@ -151,17 +159,19 @@ class Learner:
         if reason:
             metrics = self._critic_epochs(data, iteration)
         else:
+            self._ask_teacher(data)
             self._held.lend()
             metrics = self._ppo_epochs(data, iteration)
-        kl, per_part = self._measure_kl(data) if not reason else (0.0, {})
+        kl, others = self._measure_kl(data) if not reason else (0.0, {})
         if not reason:
             self._held.give_back()
             self._steer(kl, self.target_kl(iteration))
+            self._steer_teacher(others)
         valid = rollout["valid"]
         return {
             **metrics,
             "ppo/kl": kl,
-            **per_part,
+            **others,
             "ppo/critic_only": float(bool(reason)),
             "value/explained_variance": explained_variance(
                 rollout["state_value"][valid], rollout["value_target"][valid], group.variance
@@ -213,6 +223,8 @@ class Learner:
                 self._value_optimizer.zero_grad(set_to_none=True)
                 entropy = self._entropy(new.likelihood, part)
                 total = loss.total if entropy is None else loss.total - config.entropy_coef * entropy
+                pull = self._pull(new.likelihood, part)
+                total = total if pull is None else total + self._teacher_coef * pull
                 self._backward(part.weight * total)
                 norm = self._clip_gradients()
                 if not np.isfinite(norm):
@@ -232,6 +244,8 @@ class Learner:
                 }
                 if entropy is not None:
                     measured["ppo/entropy"] = float(entropy.detach())
+                if pull is not None:
+                    measured["loss/teacher"] = float(pull.detach())
                 batch_kl, *numbers = group.total(float(kl / part.rows), *measured.values())
                 epoch_kl += batch_kl
                 for name, number in (*zip(measured, numbers, strict=True), ("optim/grad_norm", norm)):
@@ -251,6 +265,36 @@ class Learner:
         mask = part.data["mask"]
         entropy: Tensor = (likelihood.entropy * mask).sum() / max(1.0, self.group.total(int(mask.sum()))[0])
         return entropy
+
+    def _ask_teacher(self, data: TensorDict) -> None:
+        """Note what the teacher would have done. Its answers stay the same during the epochs."""
+        if self.teacher:
+            data["teacher"] = self.teacher.answers(data, self.sampler, self.config.minibatch_size)
+            if "context" in data and "batch" in data:
+                del data["batch"]
+
+    def _pull(self, likelihood: Likelihood, part: Minibatch) -> Tensor | None:
+        """This rank's part of the minibatch's mean distance to the teacher; None where there is none."""
+        if self.teacher is None:
+            return None
+        batch, config = part.data, self.config
+        return distillation_loss(
+            distances=self.sampler.distance(likelihood.parameters, batch, config.teacher.distance.value),
+            mask=batch["mask"],
+            weight=batch["teacher_weight"],
+            reduction=config.reduction.value,
+            totals=self._totals(part),
+        )
+
+    def _steer_teacher(self, measured: dict[str, float]) -> None:
+        """Report the coefficient of this update and choose the next one's."""
+        if self.teacher is None:
+            return
+        config = self.config.teacher
+        measured["ppo/teacher_coef"] = self._teacher_coef
+        if config.target_kl is not None:
+            kl = measured["ppo/teacher_kl"]
+            self._teacher_coef = steer_coefficient(self._teacher_coef, kl, config.target_kl, config.coef)
 
     def _critic_epochs(self, data: TensorDict, iteration: int) -> dict[str, float]:
         total, count = 0.0, 0
@@ -374,21 +418,28 @@ class Learner:
 
     @torch.no_grad()
     def _measure_kl(self, data: TensorDict) -> tuple[float, dict[str, float]]:
-        """Exact KL from the collecting policy, in nats per chunk: over everything, and of the sampler's parts."""
+        """Exact KL from the collecting policy, in nats per chunk: over everything, and of the sampler's parts; and that
+        to the teacher."""
         group = self.group
         batches = list(data.split(self.config.minibatch_size))
         most = int(group.largest(len(batches))[0])
-        kls = [
-            self.sampler.kl(self.forward(batch).likelihood.parameters, batch)
-            for batch in [*batches, *[_nothing(data)] * (most - len(batches))]
-        ]
+        kls, pulls = [], []
+        for batch in [*batches, *[_nothing(data)] * (most - len(batches))]:
+            parameters = self.forward(batch).likelihood.parameters
+            kls.append(self.sampler.kl(parameters, batch))
+            if self.teacher:
+                pulls.append((self.sampler.distance(parameters, batch, "kl") * batch["mask"]).sum(dim=(1, 2)))
         kl = torch.cat(kls[: len(batches)])
         parts = {name: kl[rows] for name, rows in self.sampler.parts(data).items()}
         found = group.total(*(len(values) for values in parts.values())) if parts else []
-        per_part = {
+        others = {
             name: group.mean(values) for (name, values), number in zip(parts.items(), found, strict=True) if number
         }
-        return group.mean(kl), per_part
+        if self.teacher:
+            weight = data["teacher_weight"]
+            pulled, weights = group.total(float((weight * torch.cat(pulls[: len(batches)])).sum()), float(weight.sum()))
+            others["ppo/teacher_kl"] = pulled / max(weights, 1e-8)
+        return group.mean(kl), others
 
     def _set_learning_rate(self, iteration: int) -> None:
         scale = self._lr_scale

@@ -15,6 +15,7 @@ from typing import Any
 
 from rlvla.cluster import OBJECT_STORE_BYTES
 from rlvla.config import ConfigError, DoctorConfig, WorkerKind
+from rlvla.policies.base import trained_groups
 from rlvla.policies.footprint import (
     Footprint,
     build_unallocated,
@@ -23,7 +24,9 @@ from rlvla.policies.footprint import (
     guess_tokens,
     load_unallocated,
 )
+from rlvla.policies.lora import add_lora
 from rlvla.policies.qwen_vla import QwenVLA
+from rlvla.teachers import START
 from rlvla.workers import wants_spare
 from rlvla_envs.base import ActionComponent, Camera, EnvSpec, SuiteConfig
 from rlvla_envs.suites import memory_estimate_mb
@@ -208,6 +211,7 @@ def unallocated_policy(config: DoctorConfig, world: World | None) -> tuple[QwenV
     instruction = config.suite.instruction or (world.instruction if world else INSTRUCTION)
     if is_folder(config.policy):
         policy = load_unallocated(Path(config.policy))
+        _add_adapters(policy, config)
         return policy, footprint(policy, policy.context_length(instruction))
     architecture = check_policy(config.policy)
     spec = world.spec if world else stand_in_spec(config.suite, architecture.expert.channels)
@@ -215,7 +219,12 @@ def unallocated_policy(config: DoctorConfig, world: World | None) -> tuple[QwenV
     if world and any(size != camera.height for camera in spec.cameras):
         spec = replace(spec, cameras=tuple(replace(c, height=size, width=size) for c in spec.cameras))
     policy = build_unallocated(architecture, spec)
+    _add_adapters(policy, config)
     return policy, footprint(policy, guess_tokens(policy, instruction))
+
+
+def _add_adapters(policy: QwenVLA, config: DoctorConfig) -> None:
+    add_lora(policy, config.lora, trained_groups(policy, config.algo.train_vlm, config.algo.freeze))
 
 
 def check_policy(policy: str) -> Any:
@@ -266,7 +275,11 @@ def max_decisions(config: DoctorConfig) -> int:
 
 def rollout_bytes(config: DoctorConfig, size: Footprint) -> int:
     """One copy of what an iteration stores, every episode at its limit."""
-    return max_decisions(config) * (size.stored_inputs if config.algo.train_vlm else size.stored_context)
+    stored = size.stored_inputs if trains_vlm(config) else size.stored_context
+    if config.algo.teacher.policy not in (None, START) and not trains_vlm(config):
+        # A teacher whose backbone is another reads the inputs itself. Whether it is, only its weights could tell.
+        stored += size.stored_inputs
+    return max_decisions(config) * stored
 
 
 def value_parameters(config: DoctorConfig, size: Footprint) -> int:
@@ -274,31 +287,58 @@ def value_parameters(config: DoctorConfig, size: Footprint) -> int:
     return sum((a + 1) * b for a, b in pairwise(sizes))
 
 
+def trains_vlm(config: DoctorConfig) -> bool:
+    return config.algo.train_vlm and "vlm" not in config.algo.freeze
+
+
 def trained_bytes(config: DoctorConfig, size: Footprint) -> int:
     """Weights that have gradients, the critic's among them."""
-    vlm = size.vlm_bytes if config.algo.train_vlm else 0
-    return size.expert_bytes + vlm + 4 * value_parameters(config, size)
+    expert = 0 if "expert" in config.algo.freeze else size.expert_adapters or size.expert_bytes
+    vlm = size.vlm_adapters or size.vlm_bytes if trains_vlm(config) else 0
+    return expert + vlm + 4 * value_parameters(config, size)
+
+
+def teacher_bytes(config: DoctorConfig, size: Footprint) -> int:
+    """Weights of a frozen teacher that are not the policy's own: what is trained whole where the run starts at its
+    teacher, else all of them at most."""
+    algo = config.algo
+    if algo.teacher.policy is None:
+        return 0
+    if algo.teacher.policy != START:
+        return size.policy_bytes
+    expert = 0 if "expert" in algo.freeze or size.expert_adapters else size.expert_bytes
+    return expert + (size.vlm_bytes if trains_vlm(config) and not size.vlm_adapters else 0)
 
 
 def activation_bytes(config: DoctorConfig, size: Footprint) -> int:
     """What one minibatch keeps between its forward and its backward pass. The learner cuts equal parts, so that with k
     minibatches one may have 1 / 2k rows more than ``algo.minibatch_size``."""
     rows = min(max_decisions(config), config.algo.minibatch_size)
-    return rows * (size.expert_activations + (size.vlm_activations if config.algo.train_vlm else 0))
+    return rows * (size.expert_activations + (size.vlm_activations if trains_vlm(config) else 0))
+
+
+def standing_items(config: DoctorConfig, size: Footprint) -> list[Item]:
+    """What the learner holds in every phase but the first."""
+    trained, teacher = trained_bytes(config, size), teacher_bytes(config, size)
+    items = [
+        Item(
+            "weights of the VLM" + ("" if trains_vlm(config) and not size.vlm_adapters else ", frozen"), size.vlm_bytes
+        ),
+        Item("weights of the expert and the critic", size.expert_bytes + 4 * value_parameters(config, size)),
+        Item("gradients", trained),
+        Item("Adam's two moments", 2 * trained),
+        Item(f"rollout: {max_decisions(config):,} decisions at most", rollout_bytes(config, size)),
+    ]
+    if config.algo.teacher.policy is not None:
+        items.append(Item("the frozen teacher, but for what it shares", teacher))
+    return items
 
 
 def learner_phases(config: DoctorConfig, size: Footprint, *, on_gpu: bool) -> Iterator[tuple[str, list[Item]]]:
     """What the learner holds where its tensors are, by phase."""
     trained = trained_bytes(config, size)
     rollout = rollout_bytes(config, size)
-    always = [
-        Item("weights of the VLM" + ("" if config.algo.train_vlm else ", frozen"), size.vlm_bytes),
-        Item("weights of the expert and the critic", size.expert_bytes + 4 * value_parameters(config, size)),
-        Item("gradients", trained),
-        Item("Adam's two moments", 2 * trained),
-        Item(f"rollout: {max_decisions(config):,} decisions at most", rollout),
-    ]
-
+    always = standing_items(config, size)
     another = Item("another copy of the rollout", (ROLLOUT_COPIES - 1) * rollout)
     forward = config.inference_batch * max(size.vlm_layer, size.expert_layer)
     yield (
@@ -333,6 +373,8 @@ def worst_phases(
         ("loading", [*base, Item("weights", weights), Item("weights as read from the file", weights)])
     ]
     found = []
+    if config.algo.teacher.policy is not None:
+        host[0][1].append(Item("the teacher's weights", weights))
     learner = list(learner_phases(config, size, on_gpu=on_gpu))
     if on_gpu:
         cuda = Item("CUDA itself", CUDA_DEVICE_MB * MB)
@@ -340,9 +382,8 @@ def worst_phases(
         found.append(max(phases, key=lambda budget: budget.total))
         host.append(("saving", [*base, saving, *workers]))
     else:
-        # The items that are always there are the first five.
         host += [(phase, [*base, *items, *workers]) for phase, items in learner]
-        host.append(("saving", [*base, *learner[0][1][:5], saving, *workers]))
+        host.append(("saving", [*base, *standing_items(config, size), saving, *workers]))
     budgets = [Budget("host", phase, tuple(items), machine.host_bytes) for phase, items in host]
     return (*found, max(budgets, key=lambda budget: budget.total))
 
@@ -407,7 +448,7 @@ def _levers(config: DoctorConfig, policy: QwenVLA) -> list[_Lever]:
         _Lever(
             "algo.train_vlm",
             "the backbone stays as SFT left it",
-            (False,) if algo.train_vlm else (),
+            (False,) if algo.train_vlm and "vlm" not in config.lora.groups else (),
             lambda c, value: replace(c, algo=replace(c.algo, train_vlm=value)),
         ),
         _Lever(

@@ -34,6 +34,8 @@ class Collector:
     sampler: Sampler
     actor: Actor
     on_episodes: Callable[[int], None]
+    store_inputs: bool = False
+    """For a teacher (`rlvla.teachers.ActionTeacher.reads_contexts`)."""
 
     def take(self, iteration: int, states: Callable[[int], Sequence[int]]) -> TensorDict:
         """This rank's part of an iteration's rollout (`rlvla.rollout.collect`), with ``version`` [E, T]: how many
@@ -68,6 +70,7 @@ class Collector:
                 sampler=self.sampler,
                 key=(config.seed, iteration),
                 store_context=context_is_fixed(actor.policy, config.algo.train_vlm, config.algo.freeze),
+                store_inputs=self.store_inputs,
                 value_final=config.algo.bootstrap_time_limit,
                 first_episode=first,
                 num_groups=2 if config.schedule is Schedule.pingpong else 1,
@@ -163,9 +166,10 @@ def make_collector(
     sampler: Sampler,
     actor: Actor,
     on_episodes: Callable[[int], None],
+    store_inputs: bool = False,
 ) -> Collector:
     kind = OneStepOff if config.schedule is Schedule["async"] else Collector
-    return kind(config, group, policy, value_head, envs, sampler, actor, on_episodes)
+    return kind(config, group, policy, value_head, envs, sampler, actor, on_episodes, store_inputs)
 
 
 def drop_stale(rollout: TensorDict, iteration: int, max_staleness: int) -> int:

@@ -161,6 +161,7 @@ def collect(
     sampler: Sampler,
     key: tuple[int, int],
     store_context: bool,
+    store_inputs: bool = False,
     value_final: bool = True,
     num_groups: int = 1,
     first_episode: int = 0,
@@ -172,6 +173,7 @@ def collect(
         key: (run seed, iteration): the first part of every noise key.
         store_context: keep each decision's context, for a frozen backbone whose contexts stay true; else its
             inputs, to be encoded again.
+        store_inputs: keep the inputs in any case, for a teacher that reads them itself.
         value_final: value the final observation of truncated episodes. Without a bootstrap at the time limit nobody
             reads it, and it costs a pass of the VLM.
         num_groups: see `play`.
@@ -205,7 +207,9 @@ def collect(
         ]
         thought = actor.decide(observation, rngs, temperature=1.0, sampler=sampler)
         made = thought.decision
-        source = {"context": thought.context.to_tensordict()} if store_context else {"batch": thought.batch}
+        source = {"context": thought.context.to_tensordict()} if store_context else {}
+        if store_inputs or not store_context:
+            source["batch"] = thought.batch
         decided[int(episode[0]), int(decision[0])] = TensorDict(
             {
                 **source,
@@ -292,9 +296,9 @@ def _arrange(pieces: list[TensorDict], rows: np.ndarray, num_episodes: int, max_
 
 
 def _one_length(pieces: list[TensorDict]) -> list[TensorDict]:
-    key = "context" if "context" in pieces[0] else "batch"
-    for piece, padded in zip(pieces, pad_tokens([piece[key] for piece in pieces]), strict=True):
-        piece[key] = padded
+    for key in {"context", "batch"} & set(pieces[0].keys()):
+        for piece, padded in zip(pieces, pad_tokens([piece[key] for piece in pieces]), strict=True):
+            piece[key] = padded
     return pieces
 
 

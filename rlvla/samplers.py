@@ -15,9 +15,11 @@ from jaxtyping import Bool, Float
 from tensordict import TensorDict
 from torch import Tensor
 
-from rlvla.config import AlgoConfig, ConfigError, FlowTime, SFTConfig
+from rlvla.config import AlgoConfig, ConfigError, Distance, FlowTime, SFTConfig
 from rlvla.policies.base import ChunkPolicy, Context, DistributionPolicy, FlowPolicy, has_distribution
 from rlvla.seeding import normal
+from rlvla_algos.distill import Distance as DistanceKind
+from rlvla_algos.distill import step_distance
 from rlvla_algos.distribution import NormalBernoulli
 from rlvla_algos.flow import (
     Schedule,
@@ -96,6 +98,16 @@ class Sampler(ABC):
         rollout and learner do not compute the same policy."""
 
     @abstractmethod
+    def distance(
+        self, parameters: Mapping[str, Tensor], data: TensorDict, kind: DistanceKind
+    ) -> Float[Tensor, "M H K"]:
+        """How far each entry is from what a teacher would have done, whose parameters are in ``data["teacher"]``.
+
+        Args:
+            kind: kl is KL(teacher || policy) in nats, exact.
+        """
+
+    @abstractmethod
     def recentre(self, data: TensorDict, parameters: Mapping[str, Tensor]) -> None:
         """Make the distribution of now the stored one, from which `kl` is measured."""
 
@@ -129,9 +141,14 @@ def training_sampler(policy: ChunkPolicy, algo: AlgoConfig) -> Sampler:
     """What rollouts and updates of a policy use.
 
     Raises:
-        ConfigError: an entropy bonus for a policy whose entropy is a constant.
+        ConfigError: an entropy bonus for a policy whose entropy is a constant, or a distance of velocities for one that
+            has none.
     """
     if has_distribution(policy):
+        if algo.teacher.distance is Distance.velocity:
+            raise ConfigError(
+                "algo.teacher.distance is velocity; it must be kl: this policy has a distribution and no velocity."
+            )
         return DistributionSampler()
     if algo.entropy_coef > 0:
         raise ConfigError(
@@ -201,6 +218,14 @@ class FlowSampler(Sampler):
     def gap(self, parameters: Mapping[str, Tensor], data: TensorDict) -> Float[Tensor, "M H K"]:
         distance: Tensor = (parameters["mean"] - data["mean"]) / parameters["std"]
         return distance.abs()
+
+    def distance(
+        self, parameters: Mapping[str, Tensor], data: TensorDict, kind: DistanceKind
+    ) -> Float[Tensor, "M H K"]:
+        schedule, teacher_mean = self._stochastic.to(data["step"].device), data["teacher", "mean"]
+        return step_distance(
+            mean=parameters["mean"], teacher_mean=teacher_mean, step=data["step"], schedule=schedule, distance=kind
+        )
 
     def recentre(self, data: TensorDict, parameters: Mapping[str, Tensor]) -> None:
         data["mean"] = parameters["mean"]
@@ -272,6 +297,13 @@ class DistributionSampler(Sampler):
 
     def gap(self, parameters: Mapping[str, Tensor], data: TensorDict) -> Float[Tensor, "M H K"]:
         return NormalBernoulli(**parameters).gap(dict(data["parameters"].items()))
+
+    def distance(
+        self, parameters: Mapping[str, Tensor], data: TensorDict, kind: DistanceKind
+    ) -> Float[Tensor, "M H K"]:
+        if kind != "kl":
+            raise ValueError(f"a policy with a distribution has no {kind}; its distance to a teacher is kl.")
+        return NormalBernoulli(**parameters).kl(dict(data["teacher"].items()))
 
     def recentre(self, data: TensorDict, parameters: Mapping[str, Tensor]) -> None:
         data["parameters"] = TensorDict(dict(parameters), batch_size=data.batch_size)

@@ -17,6 +17,7 @@ from rlvla.policies.architectures import architecture
 from rlvla.policies.base import context_is_fixed, trained_groups
 from rlvla.policies.folder import load_policy, save_policy
 from rlvla.policies.groups import check_groups, group_rates, require_gradients, trained_parameters
+from rlvla.policies.lora import adapted, add_lora, describe_lora
 from rlvla.policies.policy import Policy
 from rlvla.policies.processor import load_tokenizer, train_tokenizer
 from rlvla.policies.prompted import PromptedPolicy, prompts_for_tokenizer
@@ -36,6 +37,9 @@ def run(config: SFTConfig) -> dict[str, Any]:
     with Run.open(config, "sft", total=config.steps) as record:
         seed_torch(config.seed)
         policy = build_policy(config, env_spec, demonstrations).to(device)
+        names = trained_groups(policy, config.train_vlm, config.freeze)
+        if add_lora(policy, config.lora, names, config.start or ""):
+            record.progress.note(describe_lora(adapted(policy)))
         record.progress.note(
             f"{demonstrations.num_episodes} demonstrations, {demonstrations.num_frames} frames; "
             + ", ".join(f"{k} {sum(p.numel() for p in v) / 1e6:.2f} M" for k, v in policy.parameter_groups().items())

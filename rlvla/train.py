@@ -16,8 +16,10 @@ from rlvla.evaluate import Evaluation, compare, evaluate, measure
 from rlvla.learner import Learner
 from rlvla.mixing import check_weights, task_weights, training_states
 from rlvla.pipeline import Collector, drop_stale, make_collector
-from rlvla.policies.base import ValueHead
+from rlvla.policies.base import ValueHead, trained_groups
 from rlvla.policies.folder import load_policy, load_weights, save_policy
+from rlvla.policies.groups import require_gradients
+from rlvla.policies.lora import adapted, add_lora, describe_lora
 from rlvla.policies.policy import Policy
 from rlvla.ranks import ALONE, Group, share
 from rlvla.recovery import Incident
@@ -25,6 +27,7 @@ from rlvla.report import write_report
 from rlvla.run import Run, check_output, pick_device
 from rlvla.samplers import Sampler, training_sampler
 from rlvla.seeding import seed_torch
+from rlvla.teachers import add_teacher_weight, check_teacher_weights, load_teacher
 from rlvla.trials import weights_digest
 from rlvla.workers import Envs, open_envs
 from rlvla_algos.gae import generalized_advantage_estimate
@@ -67,6 +70,9 @@ def prepare(config: TrainConfig, group: Group) -> Side:
     device = pick_device(config.device)
     seed_torch(config.seed)
     policy = load_policy(Path(config.policy), device)
+    trained = trained_groups(policy, config.algo.train_vlm, config.algo.freeze)
+    add_lora(policy, config.lora, trained, config.policy)
+    require_gradients(policy, trained)
     value_head = ValueHead(policy.value_size, config.algo.value_hidden_sizes).to(device)
     sampler = training_sampler(policy, config.algo)
     learner = Learner(
@@ -78,6 +84,7 @@ def prepare(config: TrainConfig, group: Group) -> Side:
         total_iterations=config.iterations,
         group=group,
         strategy=config.learners.strategy,
+        teacher=load_teacher(config.algo, policy, Path(config.policy), device),
     )
     actor = Actor(policy, block=config.inference_batch, device=device)
     return Side(config, group, policy, value_head, sampler, learner, actor)
@@ -99,8 +106,11 @@ def lead(config: TrainConfig, group: Group, losses: Sequence[str] = ()) -> dict[
     try:
         require_match(policy.env_spec, envs.spec)
         check_weights(config, envs.spec)
+        check_teacher_weights(config.algo.teacher, envs.spec)
         with Run.open(config, "train", total=config.iterations, simulator=envs.versions) as record:
             record.require_policy(weights_digest(policy))
+            if layers := adapted(policy):
+                record.progress.note(describe_lora(layers))
             checkpoints = Checkpoints(record.folder / "checkpoints", config.keep_checkpoints)
 
             def show_episodes(ended: int) -> None:
@@ -153,6 +163,7 @@ def lead(config: TrainConfig, group: Group, losses: Sequence[str] = ()) -> dict[
 
                 stale = drop_stale(rollout, iteration, config.max_staleness)
                 add_advantages(rollout, config.algo, group)
+                add_teacher_weight(rollout, envs.spec, config.algo.teacher)
                 updated = learner.update(rollout, iteration, consume=True)
                 rollout = of_all_ranks(rollout, group)
                 incidents = incidents_of_all_ranks(envs, group)
@@ -246,6 +257,7 @@ def follow(config: TrainConfig, group: Group) -> None:
                 case ["iterate", int(iteration), states]:
                     rollout = collector.take(iteration, lambda _, states=states: states)  # type: ignore[misc]
                     add_advantages(rollout, config.algo, group)
+                    add_teacher_weight(rollout, envs.spec, config.algo.teacher)
                     side.learner.update(rollout, iteration, consume=True)
                     of_all_ranks(rollout, group)
                     incidents_of_all_ranks(envs, group)
@@ -262,8 +274,17 @@ def follow(config: TrainConfig, group: Group) -> None:
 
 def collector_of(side: Side, envs: Envs, on_episodes: Callable[[int], None]) -> Collector:
     """What collects this rank's part of each iteration's episodes, on its own simulators and its own device."""
+    teacher = side.learner.teacher
     return make_collector(
-        side.config, side.group, side.policy, side.value_head, envs, side.sampler, side.actor, on_episodes
+        side.config,
+        side.group,
+        side.policy,
+        side.value_head,
+        envs,
+        side.sampler,
+        side.actor,
+        on_episodes,
+        store_inputs=teacher is not None and not teacher.reads_contexts,
     )
 
 

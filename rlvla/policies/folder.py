@@ -1,5 +1,7 @@
 """A policy on disk: config.yaml, model.safetensors, action_stats.json and tokenizer files.
 
+Where adapters were trained the weights have them merged in, and peft's two files with the adapters alone are beside.
+
 Weights are read from safetensors, never unpickled, and every tensor must find its place.
 """
 
@@ -14,6 +16,7 @@ from torch import nn
 
 from rlvla.policies.action_stats import ActionStats
 from rlvla.policies.architectures import architecture
+from rlvla.policies.lora import WEIGHTS, adapted, merge, save_adapters, unmerge
 from rlvla.policies.policy import Policy
 from rlvla.policies.processor import load_tokenizer
 from rlvla_envs.base import EnvSpec
@@ -44,6 +47,8 @@ def save_policy(policy: Policy, folder: Path, weights: dict[str, torch.Tensor] |
         }
         (stage / "config.yaml").write_text(OmegaConf.to_yaml(OmegaConf.create(config)))
         state = policy.state_dict() if weights is None else weights
+        save_adapters(policy, state, stage)
+        state = merge(policy, state)
         # Tied or sliced tensors share storage, which safetensors refuses; a policy has few enough to copy.
         save_file({k: v.detach().cpu().contiguous().clone() for k, v in state.items()}, stage / "model.safetensors")
         policy.stats.save(stage / "action_stats.json")
@@ -138,6 +143,8 @@ def read_config(path: Path) -> tuple[Any, EnvSpec]:
 def load_weights(policy: nn.Module, path: Path) -> None:
     """Load a safetensors file into a policy: every tensor finds its place.
 
+    A policy with adapters must be the one that they were put on; they come from the file beside.
+
     Raises:
         ValueError: a damaged file, or tensors that are missing, left over or of another shape.
     """
@@ -148,6 +155,8 @@ def load_weights(policy: nn.Module, path: Path) -> None:
         weights = load_file(path)
     except (SafetensorError, OSError) as error:
         raise ValueError(f"{path} is damaged: {error}. Copy the file again, or train the policy again.") from error
+    if adapted(policy):
+        weights = unmerge(policy, weights, path.with_name(WEIGHTS))
     expected = policy.state_dict()
     homeless = sorted(set(weights) - set(expected))
     absent = sorted(set(expected) - set(weights))

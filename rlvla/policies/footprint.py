@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from rlvla.config import ConfigError
 from rlvla.policies.action_stats import ActionStats
 from rlvla.policies.folder import check_folder, read_config
+from rlvla.policies.lora import adapted
 from rlvla.policies.processor import load_tokenizer, train_tokenizer
 from rlvla.policies.prompt import embodiment_prompt
 from rlvla.policies.prompted import PAD_TO, prompts_for_tokenizer
@@ -49,6 +50,9 @@ class Footprint:
     expert_layer: int
     """Of one block alone: about what a pass without gradients holds at once, a row."""
     vlm_layer: int
+    vlm_adapters: int = 0
+    """Bytes of its LoRA, which are in ``vlm_bytes`` as well."""
+    expert_adapters: int = 0
 
     @property
     def policy_bytes(self) -> int:
@@ -111,6 +115,8 @@ def footprint(policy: QwenVLA, tokens: int) -> Footprint:
         expert_parameters=sum(p.numel() for p in groups["expert"]),
         vlm_bytes=sum(p.nbytes for p in groups["vlm"]),
         expert_bytes=sum(p.nbytes for p in groups["expert"]),
+        vlm_adapters=_adapters(policy.vlm),
+        expert_adapters=_adapters(policy.expert),
         value_size=policy.value_size,
         tokens=tokens,
         stored_context=stored_context,
@@ -121,6 +127,10 @@ def footprint(policy: QwenVLA, tokens: int) -> Footprint:
         expert_layer=block,
         vlm_layer=max(layer for _, layer in vlm_layers),
     )
+
+
+def _adapters(part: nn.Module) -> int:
+    return sum(layer.lora_A.nbytes + layer.lora_B.nbytes for layer in adapted(part).values())
 
 
 def _stored(policy: QwenVLA, tokens: int) -> tuple[int, int]:

@@ -1,7 +1,7 @@
 """Which parameters of a policy are trained, and at which rate. A part is named by its parameter group."""
 
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Protocol
+from typing import Protocol, cast
 
 from torch import nn
 
@@ -66,10 +66,13 @@ def group_rates(
 
 
 def require_gradients(policy: ChunkPolicy, trained: Sequence[str]) -> None:
-    """Let those parameters ask for gradients that are trained, and no others."""
+    """Let those parameters ask for gradients that are trained, and no others: of a group with adapters, these alone."""
+    layers = [module for module in cast(nn.Module, policy).modules() if hasattr(module, "lora_A")]
+    adapters = {id(p) for layer in layers for p in (layer.lora_A, layer.lora_B)}
     for name, parameters in policy.parameter_groups().items():
+        has_adapters = any(id(p) in adapters for p in parameters)
         for parameter in parameters:
-            parameter.requires_grad_(name in trained)
+            parameter.requires_grad_(name in trained and (id(parameter) in adapters or not has_adapters))
 
 
 def trained_parameters(holder: Grouped, trained: Sequence[str]) -> dict[str, list[nn.Parameter]]:

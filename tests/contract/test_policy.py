@@ -15,10 +15,12 @@ from tensordict import TensorDict
 from torch import Tensor, nn
 
 from rlvla.acting import Actor, Thought
-from rlvla.config import AlgoConfig
+from rlvla.config import AlgoConfig, LoraConfig
 from rlvla.learner import Learner
-from rlvla.policies.base import Context, ValueHead, has_distribution
+from rlvla.policies.base import Context, ValueHead, has_distribution, trained_groups
 from rlvla.policies.folder import FILES, load_policy, save_policy
+from rlvla.policies.groups import require_gradients
+from rlvla.policies.lora import adapted, add_lora
 from rlvla.policies.policy import Policy, PolicyWithFlow
 from rlvla.policies.prompted import PromptedPolicy
 from rlvla.samplers import Sampler, training_sampler
@@ -385,6 +387,31 @@ def test_the_policy_loss_reaches_every_parameter_of_the_expert_and_the_backbone(
     silent = [name for name, p in named if p.grad is None or not p.grad.any()]
     # Positions past the end of this prompt are the one thing that may rest.
     assert not [name for name in silent if name != "expert.positions"]
+
+
+def test_adapters_change_nothing_when_new_and_are_all_trained(
+    policy: Policy, observe: Callable[..., Observation]
+) -> None:
+    before = decoded_of(policy, observe(3))
+    groups = trained_groups(policy, train_vlm=True)
+    add_lora(policy, LoraConfig(rank=2), groups)
+    assert torch.equal(decoded_of(policy, observe(3)), before)
+    require_gradients(policy, groups)
+    layers = adapted(policy)
+    for layer in layers.values():
+        nn.init.normal_(layer.lora_B, std=0.1)
+    thought = decide(policy, observe(3))
+    context = policy.encode(thought.batch)
+    sampler_of(policy).score(policy, context, stored_of(thought)).log_prob.square().sum().backward()
+    # An architecture that computes with a layer's weight itself would pass its adapter by.
+    adapters = {f"{name}.lora_{part}" for name in layers for part in "AB"}
+    found = {name for name, p in policy.named_parameters() if p.grad is not None and p.grad.any()}
+    assert adapters <= found
+    # A group has adapters, or is trained whole.
+    of = {id(p): name for name, p in policy.named_parameters()}
+    for parameters in policy.parameter_groups().values():
+        names = {of[id(p)] for p in parameters}
+        assert not names & adapters or not (names & found) - adapters
 
 
 def test_a_frozen_backbone_gets_no_gradient_from_an_update(policy: Policy, observe: Callable[..., Observation]) -> None:

@@ -93,7 +93,9 @@ def assert_same_run(one: Path, other: Path) -> None:
     assert rows(one) == rows(other)
     newest = "checkpoints/iteration-0006"
     assert {p.name for p in (one / "checkpoints").iterdir()} == {p.name for p in (other / "checkpoints").iterdir()}
-    for file in ("policy/model.safetensors", f"{newest}/policy/model.safetensors"):
+    files = ["policy/model.safetensors", f"{newest}/policy/model.safetensors"]
+    files += [str(path.relative_to(one)) for path in one.glob("policy/adapter*")]
+    for file in files:
         assert (one / file).read_bytes() == (other / file).read_bytes(), f"{file} differs"
     learners = [dict(leaves(torch.load(run / newest / "learner.pt", weights_only=True))) for run in (one, other)]
     assert learners[0].keys() == learners[1].keys()
@@ -111,6 +113,7 @@ def assert_same_run(one: Path, other: Path) -> None:
     [
         pytest.param("toy", id="toy"),
         pytest.param("async", id="toy-one-step-off"),
+        pytest.param("lora", id="toy-adapters"),
         pytest.param("push", id="maniskill-over-ray", marks=[pytest.mark.simulator, pytest.mark.slow]),
     ],
 )
@@ -118,12 +121,15 @@ def test_a_run_killed_four_times_ends_with_the_bits_of_one_that_was_not(suite: s
     settings = {
         "toy": (TOY, ["policy=qwen_vla_toy", "steps=20", "batch_size=8"], "sync"),
         "async": (TOY, ["policy=qwen_vla_toy", "steps=20", "batch_size=8"], "async"),
+        "lora": (TOY, ["policy=qwen_vla_toy", "steps=20", "batch_size=8"], "sync"),
         # The run that is killed takes turns as well: sync and pingpong give the same weights.
         "push": (PUSH, ["steps=3", "batch_size=4"], "pingpong"),
     }
     overrides, training, schedule = settings[suite]
     policy = make_policy(tmp_path, overrides, *training)
     common = [*overrides, *TRAIN, f"policy={policy}", "iterations=6"]
+    if suite == "lora":
+        common += ["algo.train_vlm=true", "lora.rank=2", "lora.groups=[vlm]", "algo.learning_rates={vlm: 1e-4}"]
     straight, killed = tmp_path / "straight", tmp_path / "killed"
     undisturbed = "sync" if schedule == "pingpong" else schedule
     finish("train", [*common, f"output={straight}", f"schedule={undisturbed}"])

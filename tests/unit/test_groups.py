@@ -17,7 +17,7 @@ from rlvla.policies.base import ValueHead, context_is_fixed, trained_groups
 from rlvla.policies.folder import load_policy
 from rlvla.policies.groups import group_rates
 from rlvla.policies.qwen_vla import QwenVLA
-from rlvla_algos.flow import flow_sde_schedule
+from rlvla.samplers import training_sampler
 from rlvla_envs.base import VecEnv
 
 
@@ -39,9 +39,9 @@ def policy(make_policy: Callable[..., QwenVLA], make_toy: Callable[..., VecEnv])
 
 
 def learner_of(policy: QwenVLA, **changes: Any) -> Learner:
-    schedule = flow_sde_schedule(policy.num_denoising_steps, 0.5)
-    head = ValueHead(policy.value_size)
-    return Learner(policy, head, AlgoConfig(**changes), schedule, seed=0, total_iterations=1)
+    config = AlgoConfig(**changes)
+    sampler = training_sampler(policy, config)
+    return Learner(policy, ValueHead(policy.value_size), config, sampler, seed=0, total_iterations=1)
 
 
 def rates_of(learner: Learner) -> list[float]:

@@ -1,5 +1,6 @@
 """The memory plan: every number against the thing itself, for policies that are small enough to be built."""
 
+import copy
 import dataclasses
 from collections.abc import Callable
 from pathlib import Path
@@ -24,14 +25,16 @@ from rlvla.memory import (
     max_decisions,
     plan_run,
     rollout_bytes,
+    teacher_bytes,
     trained_bytes,
     unallocated_policy,
     value_parameters,
     worst_phases,
 )
-from rlvla.policies.base import ValueHead
+from rlvla.policies.base import ValueHead, trained_groups
 from rlvla.policies.folder import save_policy
 from rlvla.policies.footprint import Footprint
+from rlvla.policies.lora import add_lora
 from rlvla.policies.qwen_vla import QwenVLA
 from rlvla.rollout import collect
 from rlvla.samplers import training_sampler
@@ -107,13 +110,48 @@ def test_the_papers_model_takes_91_gb_before_activations_when_all_of_it_is_train
     assert round((size.policy_bytes + 3 * trained_bytes(frozen, size)) / 1e9, 1) == 36.5
 
 
-@pytest.mark.parametrize("train_vlm", [False, True])
-@pytest.mark.parametrize("hidden", ["[]", "[32,16]"])
-def test_weights_gradients_and_moments_are_those_of_a_learner_that_made_a_step(
-    policy: QwenVLA, folder: Path, train_vlm: bool, hidden: str
-) -> None:
-    config = doctor(f"policy={folder}", f"algo.train_vlm={train_vlm}", f"algo.value_hidden_sizes={hidden}")
+def test_adapters_on_both_parts_of_the_papers_model_leave_little_to_train() -> None:
+    config = doctor("policy=qwen_vla_4b", "algo.train_vlm=true", "lora.rank=32")
     size = size_of(config)
+    # A layer of n inputs and m outputs gets 4 x 32 (n + m) bytes. One block of the expert, 1536 wide: qkv 6144, out
+    # 3072, ffn_in 22016, ffn_out 11776, together 43008; 16 blocks.
+    assert size.expert_adapters == 16 * 43008 * 32 * 4
+    assert 60e6 < size.vlm_adapters / 4 < 70e6
+    held = size.policy_bytes + 3 * trained_bytes(config, size)
+    assert 23.5e9 < held < 25e9
+    frozen = doctor("policy=qwen_vla_4b", "algo.train_vlm=true", "lora.rank=32", "algo.freeze=[vlm]")
+    assert trained_bytes(frozen, size_of(frozen)) == size.expert_adapters + 4 * value_parameters(frozen, size)
+
+
+def test_a_teacher_takes_what_it_does_not_share() -> None:
+    def taken(*settings: str) -> tuple[Footprint, int]:
+        config = doctor("policy=qwen_vla_4b", *settings)
+        size = size_of(config)
+        return size, teacher_bytes(config, size)
+
+    assert taken()[1] == 0
+    size, own = taken("algo.teacher.policy=start")
+    assert own == size.expert_bytes
+    size, own = taken("algo.teacher.policy=start", "algo.train_vlm=true")
+    assert own == size.policy_bytes
+    assert taken("algo.teacher.policy=start", "algo.train_vlm=true", "lora.rank=8")[1] == 0
+    size, own = taken("algo.teacher.policy=another")
+    assert own == size.policy_bytes
+    without, shared = doctor("policy=qwen_vla_4b"), doctor("policy=qwen_vla_4b", "algo.teacher.policy=start")
+    totals = [worst_phases(c, size_of(c), Machine(has_gpu=True))[0].total for c in (without, shared)]
+    assert totals[1] - totals[0] == size_of(without).expert_bytes
+
+
+@pytest.mark.parametrize("train_vlm", [False, True])
+@pytest.mark.parametrize(("hidden", "rank"), [("[]", 0), ("[32,16]", 0), ("[]", 4)])
+def test_weights_gradients_and_moments_are_those_of_a_learner_that_made_a_step(
+    policy: QwenVLA, folder: Path, train_vlm: bool, hidden: str, rank: int
+) -> None:
+    sizes = [f"algo.value_hidden_sizes={hidden}", f"lora.rank={rank}"]
+    config = doctor(f"policy={folder}", f"algo.train_vlm={train_vlm}", *sizes)
+    size = size_of(config)
+    policy = copy.deepcopy(policy)
+    add_lora(policy, config.lora, trained_groups(policy, train_vlm))
     learner = learner_of(policy, config)
     head = list(learner.value_head.parameters())
     assert size.policy_bytes == sum(p.nbytes for p in policy.parameters())
@@ -128,7 +166,6 @@ def test_weights_gradients_and_moments_are_those_of_a_learner_that_made_a_step(
     moments = sum(s["exp_avg"].nbytes + s["exp_avg_sq"].nbytes for s in states)
     assert trained_bytes(config, size) == sum(p.nbytes for p in trained)
     assert 2 * trained_bytes(config, size) == moments
-    policy.zero_grad(set_to_none=True)
 
 
 @pytest.mark.parametrize("train_vlm", [False, True])

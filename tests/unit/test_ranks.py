@@ -12,12 +12,14 @@ import torch
 from tensordict import TensorDict
 from torch import Tensor, nn
 
-from rlvla.config import AlgoConfig, LearnerStrategy, LRSchedule, Reduction
+from rlvla.config import AlgoConfig, LearnerStrategy, LoraConfig, LRSchedule, Reduction, TeacherConfig
 from rlvla.learner import InvariantError, Learner
 from rlvla.parallel import score
 from rlvla.policies.base import Context, ValueHead
+from rlvla.policies.lora import add_lora
 from rlvla.ranks import ALONE, Group, join, leave
 from rlvla.samplers import DistributionSampler, FlowSampler
+from rlvla.teachers import ActionTeacher
 from rlvla.train import add_advantages
 from rlvla_algos.distribution import NormalBernoulli
 from rlvla_algos.flow import Schedule, flow_sde_schedule
@@ -115,9 +117,11 @@ def parts(policy: nn.Module, group: Group, strategy: LearnerStrategy, **changes:
     )
 
 
-def new_policy(kind: type[SmallPolicy] = SmallPolicy) -> SmallPolicy:
+def new_policy(kind: type[SmallPolicy] = SmallPolicy, lora_rank: int = 0) -> SmallPolicy:
     torch.manual_seed(0)
-    return kind().double()
+    policy = kind().double()
+    add_lora(policy, LoraConfig(rank=lora_rank), ["expert", "vlm"])  # type: ignore[arg-type]
+    return policy
 
 
 def rollout_of(policy: Any, learner: Learner, iteration: int, share: slice, group: Group) -> TensorDict:
@@ -139,6 +143,7 @@ def rollout_of(policy: Any, learner: Learner, iteration: int, share: slice, grou
             "valid": index < length,
             "mask": (torch.arange(H) < executed[..., None])[..., None].expand(*shape, H, K).clone(),
             "draw": draw(H, K),
+            "teacher_weight": (index[None] % 3 + torch.zeros(shape)).double(),
             "next": TensorDict(
                 {
                     "reward": draw(),
@@ -187,8 +192,11 @@ def train(
 ) -> Any:
     """``updates`` on this rank's share; parameters, learner state and metrics after the last."""
     share = SHARES[group.rank] if group.size > 1 else slice(None)
-    policy = new_policy(kind)
+    policy = new_policy(kind, changes.pop("lora_rank", 0))
     learner = parts(policy, group, strategy, **changes)
+    if "teacher" in changes:
+        torch.manual_seed(5)
+        learner.teacher = ActionTeacher(SmallPolicy().double(), reads_contexts=False)  # type: ignore[arg-type]
     if folder is not None:
         saved = torch.load(folder / "state.pt", weights_only=True)
         policy.load_state_dict(saved["policy"])
@@ -340,6 +348,30 @@ def test_an_entropy_bonus_widens_the_distribution() -> None:
     without, bonus = (train(ALONE, STRATEGIES[0], range(3), None, entropy_coef=coef, **changes) for coef in (0.0, 0.5))
     assert bonus["policy"]["log_std"][0] > without["policy"]["log_std"][0] + 1e-3
     assert bonus["metrics"][-1]["ppo/entropy"] > without["metrics"][-1]["ppo/entropy"]
+
+
+@pytest.mark.parametrize("strategy", STRATEGIES)
+def test_two_ranks_train_the_adapters_that_one_trains(strategy: LearnerStrategy, tmp_path: Path) -> None:
+    changes = {"lora_rank": 2, "train_vlm": True, "vlm_lr": 1e-3}
+    alone = train(ALONE, strategy, range(3), None, **changes)
+    both = done(on_two_ranks(tmp_path / "run", train, strategy, range(3), None, **changes))
+    assert_close(alone, both[0])
+    assert_close(alone["policy"], both[1]["policy"])
+    start = new_policy(lora_rank=2).state_dict()
+    moved = {name for name, tensor in alone["policy"].items() if not torch.equal(tensor, start[name])}
+    assert moved == {name for name in start if name.endswith(("lora_A", "lora_B"))}
+
+
+def test_two_ranks_are_pulled_by_a_teacher_as_one_is(tmp_path: Path) -> None:
+    teacher = TeacherConfig(policy="elsewhere", coef=3.0, target_kl=0.01)
+    changes = {"teacher": teacher, "train_vlm": True, "vlm_lr": 1e-3}
+    alone = train(ALONE, LearnerStrategy.ddp, range(3), None, **changes)
+    both = done(on_two_ranks(tmp_path / "run", train, LearnerStrategy.ddp, range(3), None, **changes))
+    assert_close(alone, both[0])
+    assert_close(alone["metrics"], both[1]["metrics"])
+    # It has something to compare: the teacher is another policy, and the coefficient was steered.
+    assert [row.get("ppo/teacher_coef") for row in alone["metrics"]] == [None, 3.0, 4.5]
+    assert alone["metrics"][2]["ppo/teacher_kl"] > 0.015
 
 
 @pytest.mark.parametrize("strategy", STRATEGIES)
