@@ -12,7 +12,7 @@ from torch import Tensor
 from rlvla.policies.policy import Policy
 from rlvla.policies.processor import patchify
 from rlvla.policies.prompt import embodiment_prompt
-from rlvla_envs.base import EnvSpec, Observation
+from rlvla_envs.base import Camera, EnvSpec, Observation
 
 PAD_TO = 16
 """Tokens that a context's length is rounded up to."""
@@ -51,8 +51,8 @@ class PromptedPolicy(Policy):
             image = [{"type": "image"}]
             if len(cameras) > 1:
                 # Which view is which (Qwen-VLA, section 3.2.1). One camera has nothing to be told from.
-                image = [{"type": "text", "text": f"<|{camera.name}_start|>"}, *image]
-                image.append({"type": "text", "text": f"<|{camera.name}_end|>"})
+                start, end = view_tags(camera)
+                image = [{"type": "text", "text": start}, *image, {"type": "text", "text": end}]
             content += image
         content.append({"type": "text", "text": embodiment_prompt(self.env_spec, instruction, num_actions)})
         turn = [{"role": "user", "content": content}]
@@ -167,10 +167,16 @@ def pool(tokens: Float[Tensor, "B S D"], mask: Bool[Tensor, "B S"]) -> Float[Ten
     return ((tokens * weight).sum(dim=1) / weight.sum(dim=1)).detach()
 
 
+def view_tags(camera: Camera) -> tuple[str, str]:
+    """What stands before and behind the image of one of several cameras."""
+    return f"<|{camera.name}_start|>", f"<|{camera.name}_end|>"
+
+
 def prompts_for_tokenizer(spec: EnvSpec, instructions: Sequence[str]) -> list[str]:
     """Chat turns like those the policy will read, to train a small tokenizer on."""
     turns = []
+    views = "".join(tag for camera in spec.cameras for tag in view_tags(camera)) if len(spec.cameras) > 1 else ""
     for instruction in instructions:
-        body = embodiment_prompt(spec, instruction)
+        body = views + embodiment_prompt(spec, instruction)
         turns.append(f"<|im_start|>user\n{body}<|im_end|>\n<|im_start|>assistant\n")
     return turns
