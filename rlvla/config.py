@@ -197,6 +197,9 @@ class AlgoConfig:
     """Bound of the importance weight of stale decisions (schedule=async)."""
     max_grad_norm: float = 1.0
     """Gradient-norm clip over all policy parameters."""
+    auxiliary_weight: float = 0.0
+    """Factor on the losses that an architecture has of its own (uam: visual dynamics, on the next decision's images),
+    times their weights in the policy's configuration. 0 has none."""
     train_vlm: bool = False
     """Train the backbone too. False stores each decision's context once and never runs the VLM in an update."""
     critic_only_iterations: int = 1
@@ -249,7 +252,7 @@ class AlgoConfig:
         for name in (*positive, "mean_tolerance", "ratio_tolerance"):
             value = getattr(self, name)
             _require(0 < value < math.inf, f"algo.{name}", value, "positive and finite")
-        for name in ("value_coef", "min_successes", "critic_only_iterations", "entropy_coef"):
+        for name in ("value_coef", "min_successes", "critic_only_iterations", "entropy_coef", "auxiliary_weight"):
             _require(getattr(self, name) >= 0, f"algo.{name}", getattr(self, name), "0 or more")
         _require(
             all(size > 0 for size in self.value_hidden_sizes),

@@ -9,6 +9,7 @@ import numpy as np
 import torch
 from torch import nn
 
+from rlvla.acting import context_noise
 from rlvla.config import ConfigError, SFTConfig
 from rlvla.dataset import Demonstrations
 from rlvla.dataset_reader import load_dataset
@@ -21,7 +22,7 @@ from rlvla.policies.processor import load_tokenizer, train_tokenizer
 from rlvla.policies.prompted import PromptedPolicy, prompts_for_tokenizer
 from rlvla.run import Run, pick_device
 from rlvla.samplers import evaluation_sampler
-from rlvla.seeding import Stream, keyed_rng, seed_torch
+from rlvla.seeding import Stream, keyed_rng, normal, seed_torch
 from rlvla.sft_examples import examples_of
 from rlvla.vision_language import Reader, load_chats, next_token_loss, to_device
 from rlvla_envs.base import ActionComponent, Camera, EnvSpec, require_match
@@ -80,6 +81,9 @@ def fit(
     for step in range(config.steps):
         rng = keyed_rng(config.seed, Stream.SFT, step)
         batch, action, valid = examples.draw(rng, config.batch_size)
+        noise = {name: normal(rng, config.batch_size, *size) for name, size in policy.context_noise().items()}
+        if noise:
+            batch["noise"] = context_noise(noise, config.batch_size)
         action, valid, batch = (x.to(device) for x in (action, valid, batch))
 
         for group in optimizer.param_groups:
@@ -88,6 +92,10 @@ def fit(
             context = policy.encode(batch)
         loss = sampler.imitation_loss(policy, context, action, valid, rng, config, examples.velocity)
         losses = {sampler.imitation_metric: float(loss.detach())}
+        if "next" in batch:
+            for name, each in policy.auxiliary_losses(context, batch).items():
+                loss = loss + policy.auxiliary_weights[name] * each.mean()
+                losses[f"loss/{name}"] = float(each.detach().mean())
         optimizer.zero_grad(set_to_none=True)
         torch.autograd.backward(loss)
         if questions is not None:

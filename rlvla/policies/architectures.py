@@ -11,6 +11,7 @@ from rlvla_envs.base import EnvSpec
 
 ARCHITECTURES = {
     "qwen_vla": "rlvla.policies.qwen_vla:QwenVLAConfig:QwenVLA",
+    "uam": "rlvla.policies.uam:UAMConfig:UAM",
     "vlm4vla": "rlvla.policies.vlm4vla:VLM4VLAConfig:VLM4VLA",
 }
 """module:configuration:policy. A configuration has ``name``, and ``vlm`` with ``vocab_size`` and ``patch_size``."""

@@ -118,6 +118,14 @@ class ChunkPolicy(Protocol):
         beside a longer row a decision's last bits would be others."""
         ...
 
+    def context_noise(self) -> dict[str, tuple[int, ...]]:
+        """Standard normal draws that `encode` reads of each row, by name: ``batch["noise", name]`` is [B, *shape].
+
+        They are drawn with the decision and kept with it, so that it is scored again under the same. Where a batch has
+        none, as for the value of a final observation, `encode` takes zeros, and the value must not depend on them.
+        """
+        ...
+
     def encode(self, batch: TensorDict) -> Context: ...
 
     def value_features(self, context: Context) -> Float[Tensor, "B V"]:

@@ -5,6 +5,7 @@ again what is the same in all of them.
 """
 
 from abc import abstractmethod
+from collections.abc import Mapping
 from typing import Any, Self
 
 import numpy as np
@@ -52,6 +53,23 @@ class Policy(nn.Module):
 
     def initialize(self) -> None:
         """What a model trained from scratch needs beyond its layers' own initialisation; nothing by default."""
+
+    def context_noise(self) -> dict[str, tuple[int, ...]]:
+        return {}
+
+    @property
+    def auxiliary_weights(self) -> Mapping[str, float]:
+        """Weight of each of `auxiliary_losses` in `rlvla sft`; empty where there is none."""
+        return {}
+
+    def auxiliary_losses(self, context: Context, batch: TensorDict) -> dict[str, Float[Tensor, " B"]]:
+        """What is trained beside the decoder, row by row and by name.
+
+        Args:
+            batch: what ``context`` was made from, and ``batch["next"]``: ``images`` [B, ...] of a chunk later and
+                ``valid`` [B], False where the episode has ended before. A row without counts 0.
+        """
+        return {}
 
     @abstractmethod
     def collate(self, observation: Observation) -> TensorDict: ...
