@@ -408,7 +408,7 @@ class _AcrossSuites:
     """auto, cpu, cuda or cuda:0."""
     workers: WorkersConfig = field(default_factory=WorkersConfig)
     cluster: ClusterConfig = field(default_factory=ClusterConfig)
-    eval: EvalConfig = field(default_factory=EvalConfig)
+    eval: EvalConfig = field(default_factory=lambda: EvalConfig(shuffled_images=False))
     inference_batch: int = 16
     """See `rlvla train`."""
 
@@ -434,6 +434,8 @@ class EvaluateSuitesConfig(_AcrossSuites):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        if self.policies == MISSING:
+            return
         self.policies = tuple(self.policies)
         _require(bool(self.policies), "policies", "empty", "at least one policy folder")
         _require(len(set(self.policies)) == len(self.policies), "policies", list(self.policies), "different folders")
