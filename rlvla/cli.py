@@ -11,6 +11,8 @@ VERBS = {
     "forgetting": "measure what a policy's language model has lost, on questions of yours",
     "compare": "say what one policy gained and lost against another, suite by suite, with exact tests",
     "suites": "list the suites and what each lacks on this machine",
+    "import": "turn a checkpoint of LeRobot or openpi into a policy folder",
+    "export": "write an imported policy back in the format it came from",
     "doctor": "say what works on this machine, how to cure the rest, and what memory a run takes",
 }
 
@@ -18,6 +20,8 @@ POSITIONAL = {
     "eval": "       rlvla eval POLICY... suites=[NAME,...] [key=value ...]   its options: add suites=[NAME] to this",
     "compare": "       rlvla compare BEFORE AFTER suites=[NAME,...] [key=value ...]   policy folders or result files",
     "suites": "       rlvla suites [NAME ...]",
+    "import": "       rlvla import FORMAT CHECKPOINT output=FOLDER suite=NAME [key=value ...]",
+    "export": "       rlvla export POLICY output=FOLDER",
 }
 """Of verbs that take words without a key."""
 
@@ -29,6 +33,8 @@ EXAMPLES = """examples:
   rlvla forgetting before=runs/sft/policy after=runs/ppo/policy questions=questions.jsonl
   rlvla eval runs/sft/policy runs/ppo/policy suites=[simpler_env,simpler_env_ood]
   rlvla compare runs/sft/policy runs/ppo/policy suites=[simpler_env,simpler_env_ood] eval.trials=100
+  rlvla import lerobot downloads/smolvla output=policies/smolvla suite=push_cube
+  rlvla export runs/ppo/policy output=refined
   rlvla doctor policy=qwen_vla_4b suite=simpler_env device_memory_gb=80"""
 
 
@@ -85,6 +91,7 @@ def _run(verb: str, overrides: list[str]) -> None:
         return
     _quieten()
     modules = {"EvaluateConfig": "evaluate", "EvaluateSuitesConfig": "evaluate_suites"}
+    modules |= {"ImportConfig": "formats.importing", "ExportConfig": "formats.exporting"}
     module = modules.get(type(config).__name__, verb)
     summary: dict[str, Any] = importlib.import_module(f"rlvla.{module}").run(config)
     print(json.dumps(summary))

@@ -19,7 +19,9 @@ from rlvla.config import (
     DoctorConfig,
     EvaluateConfig,
     EvaluateSuitesConfig,
+    ExportConfig,
     ForgettingConfig,
+    ImportConfig,
     SFTConfig,
     SuitesConfig,
     TrainConfig,
@@ -35,6 +37,8 @@ SCHEMAS: dict[str, type] = {
     "eval_suites": EvaluateSuitesConfig,
     "compare": CompareConfig,
     "suites": SuitesConfig,
+    "import": ImportConfig,
+    "export": ExportConfig,
     "doctor": DoctorConfig,
     "forgetting": ForgettingConfig,
 }
@@ -47,7 +51,7 @@ HOW_GIVEN = {
 }
 """What is not given as KEY=PATH."""
 
-OPEN_KEYS = ("suite.options.", "task_weights.")
+OPEN_KEYS = ("suite.options.", "task_weights.", "cameras.")
 """Mappings whose keys the suite checks."""
 
 
@@ -229,8 +233,8 @@ def _check_keys(asked: str, verb: str, overrides: Sequence[str]) -> None:
         known |= {key for key, _, _ in describe_schema(SuiteConfig, "suite.")}
     if verb == "sft":
         known |= {key for key, _, _ in describe_schema(_policy_schema(overrides), "policy.")}
-    known |= set(group_choices(verb))
     choices = group_choices(verb)
+    known |= set(choices)
     for override in overrides:
         key, equals, value = override.partition("=")
         if not equals:

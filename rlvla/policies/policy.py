@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from rlvla.policies.action_stats import ActionStats
 from rlvla.policies.base import Context
+from rlvla.policies.origin import Origin
 from rlvla_algos.distribution import NormalBernoulli
 from rlvla_envs.base import EnvSpec, Observation
 
@@ -30,6 +31,8 @@ class Policy(nn.Module):
     """
 
     value_size: int
+    origin: Origin | None = None
+    """The checkpoint it was imported from; it stays with the policy through training."""
     context_groups: frozenset[str] = frozenset({"vlm"})
     frozen_groups: frozenset[str] = frozenset()
 
@@ -92,10 +95,13 @@ class Policy(nn.Module):
     def action_mask(self) -> Bool[Tensor, "H K"]:
         return self._action_mask
 
+    def noise_mask(self) -> Bool[Tensor, "H K"]:
+        return self.action_mask()
+
     def actions_to_env(self, sample: Float[Tensor, "B H K"]) -> Float[np.ndarray, "B H C"]:
         """Clipped to the quantiles' range first: outside it the data says nothing, and SFT never went there."""
-        spec = self.env_spec
-        chunk = sample[:, : spec.chunk_size, : spec.action_size].float().clamp(-1, 1)
+        spec, bound = self.env_spec, self.stats.action_bound
+        chunk = sample[:, : spec.chunk_size, : spec.action_size].float().clamp(-bound, bound)
         return self.stats.denormalize(chunk.cpu().numpy())
 
     def actions_from_env(self, action: Float[np.ndarray, "B H C"]) -> Float[Tensor, "B H K"]:

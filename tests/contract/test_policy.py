@@ -26,7 +26,7 @@ from rlvla.samplers import Sampler, training_sampler
 from rlvla.seeding import Stream, keyed_rng
 from rlvla_envs.base import ActionComponent, EnvSpec, Observation, VecEnv
 
-POLICIES = ["qwen_vla_tiny", "qwen_vla_toy", "vlm4vla_toy", "uam_toy"]
+POLICIES = ["qwen_vla_tiny", "qwen_vla_toy", "vlm4vla_toy", "uam_toy", "pi0_toy", "pi05_toy", "smolvla_toy"]
 """Names under configs/policy that fit a test. The toy has K = 2 = action channels, the tiny one pads to 8."""
 
 LAST_LAYER = r"layers\.1\.(self_attn\.(q|o)_(proj|norm)|mlp\..*|post_attention_layernorm)\.weight"
@@ -221,7 +221,8 @@ def test_prompts_of_different_length_share_a_batch(policy: Policy, observe: Call
     sample, tau = draws(policy, 3)
     with torch.no_grad():
         together = policy.encode(policy.collate(seen))
-        assert policy.collate(seen)["mask"].sum(dim=1).unique().numel() == 2
+        # More than two where the state is part of the prompt.
+        assert policy.collate(seen)["mask"].sum(dim=1).unique().numel() >= 2
         velocity = decoded(policy, together, sample, tau)
         for i in range(3):
             alone = policy.encode(policy.collate(seen.row(i)))

@@ -44,6 +44,8 @@ REQUIRED = {
     "collect": [],
     "suites": [],
     "doctor": [],
+    "import": ["format=lerobot", "checkpoint=c", "output=o"],
+    "export": ["policy=p", "output=o"],
 }
 """What each verb cannot do without."""
 OBVIOUS = {"seed", "device", "task", "name", "weight_decay", "max_grad_norm", "warmup_steps", "beta_beta"}
