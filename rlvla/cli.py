@@ -7,6 +7,7 @@ VERBS = {
     "collect": "record a scripted expert's demonstrations as a LeRobotDataset v3",
     "sft": "train a policy on demonstrations",
     "train": "refine a policy with PPO and prove what it gained",
+    "tune": "look for the settings with which train does best",
     "eval": "measure a policy on held-back initial states",
     "forgetting": "measure what a policy's language model has lost, on questions of yours",
     "compare": "say what one policy gained and lost against another, suite by suite, with exact tests",
@@ -29,6 +30,8 @@ EXAMPLES = """examples:
   rlvla collect output=datasets/push_cube episodes=100
   rlvla sft dataset=datasets/push_cube output=runs/sft
   rlvla train policy=runs/sft/policy output=runs/ppo algo.target_kl=0.1
+  rlvla tune policy=runs/sft/policy output=runs/tune iterations=16 tune.trials=20
+  rlvla train @runs/tune/best.yaml output=runs/best
   rlvla eval policy=runs/ppo/policy suite=push_cube eval.trials=200 output=runs/eval
   rlvla forgetting before=runs/sft/policy after=runs/ppo/policy questions=questions.jsonl
   rlvla eval runs/sft/policy runs/ppo/policy suites=[simpler_env,simpler_env_ood]
@@ -114,9 +117,10 @@ def _quieten() -> None:
 def _help() -> str:
     verbs = "\n".join(f"  {verb:12s}{text}" for verb, text in VERBS.items())
     return (
-        "usage: rlvla VERB [key=value ...] [--cfg] [--debug]\n\n"
+        "usage: rlvla VERB [@FILE] [key=value ...] [--cfg] [--debug]\n\n"
         "Reinforcement-learning fine-tuning of flow-matching vision-language-action policies.\n\n"
         f"{verbs}\n\n"
+        "  rlvla VERB @FILE    the settings of a file, as in configs/recipe; later ones win\n"
         "  rlvla VERB --help   every option of a verb\n"
         "  rlvla VERB --cfg    the resolved configuration, without running\n"
         "  --debug             a traceback instead of a message\n\n"

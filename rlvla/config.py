@@ -330,6 +330,9 @@ class TrainConfig:
     max_minutes: float | None = None
     """Begin no further iteration once the run has taken so many minutes, and make the final evaluation; null has no
     limit. What such a run gives depends on the machine's speed."""
+    max_env_steps: int | None = None
+    """Begin no further iteration once the run has taken so many environment steps, and make the final evaluation; null
+    has no limit. Schedules that depend on `iterations` still do."""
     episodes_per_iteration: int = 256
     """Whole episodes collected each iteration. Fewer, more frequent iterations were worse at equal steps."""
     task_mix: TaskMix = TaskMix.uniform
@@ -364,7 +367,9 @@ class TrainConfig:
             self.episodes_per_iteration,
             "at least 1",
         )
-        _require(self.max_minutes is None or self.max_minutes > 0, "max_minutes", self.max_minutes, "positive, or null")
+        for name in ("max_minutes", "max_env_steps"):
+            limit = getattr(self, name)
+            _require(limit is None or limit > 0, name, limit, "positive, or null")
         _require(
             self.learners.num <= self.episodes_per_iteration,
             "learners.num",

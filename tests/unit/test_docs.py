@@ -36,11 +36,16 @@ FENCE = re.compile(r"^```(\w*)\n(.*?)^```", re.MULTILINE | re.DOTALL)
 LINK = re.compile(r"\[((?:[^\[\]`]|`[^`]*`)*)\]\(([^()\s]+)\)")
 METRIC = re.compile(r"(?:rollout|ppo|loss|value|optim|time|speed)/\w+")
 
-STAND_INS = {"suite=mysuite": "suite=toy", "policy=mypolicy": "policy=qwen_vla_toy"}
+STAND_INS = {
+    "suite=mysuite": "suite=toy",
+    "policy=mypolicy": "policy=qwen_vla_toy",
+    "@runs/tune/best.yaml": f"@{ROOT / 'configs/recipe/push_cube.yaml'}",
+}
 """Files that the how-to guides tell the reader to write -> ones that exist."""
 REQUIRED = {
     "sft": "dataset=PATH",
     "train": "policy=PATH",
+    "tune": "policy=PATH",
     "eval": "policy=PATH",
     "import": "format=NAME checkpoint=PATH output=PATH",
     "export": "policy=PATH output=PATH",
@@ -144,7 +149,7 @@ def test_every_command_on_a_page_composes(page: Path) -> None:
     for verb, words in commands(page):
         assert verb in VERBS, f"rlvla {verb} does not exist"
         overrides = [STAND_INS.get(word, word) for word in words if not word.startswith("-")]
-        bare = [word for word in overrides if "=" not in word]
+        bare = [word for word in overrides if "=" not in word and not word.startswith("@")]
         overrides += [] if bare else NAMED.get(verb, [])
         # Policies may be words without a key.
         for required in "" if bare else REQUIRED.get(verb, "").split():
