@@ -117,7 +117,7 @@ def fit(
 def build_policy(config: SFTConfig, env_spec: EnvSpec, demonstrations: Demonstrations) -> Policy:
     """A fresh policy with the dataset's statistics and a tokenizer that knows its prompts."""
     if config.tokenizer is None:
-        prompts = prompts_for_tokenizer(env_spec, demonstrations.tasks)
+        prompts = prompts_for_tokenizer(env_spec, demonstrations.tasks, config.policy)
         tokenizer = train_tokenizer(prompts, config.policy.vlm.vocab_size)
     else:
         tokenizer = load_tokenizer(Path(config.tokenizer))

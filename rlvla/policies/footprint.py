@@ -71,12 +71,26 @@ def build_unallocated(config: QwenVLAConfig, spec: EnvSpec, tokenizer: Any = Non
     Raises:
         ValueError: the policy does not fit the suite.
     """
+    check_plannable(config)
     if tokenizer is None:
         tokenizer = train_tokenizer(prompts_for_tokenizer(spec, [""]), config.vlm.vocab_size)
     state = np.zeros((2, spec.state_size), np.float32) if spec.state_size else None
     stats = ActionStats.of(np.zeros((2, spec.action_size), np.float32), state)
     with torch.device("meta"):
         return QwenVLA(config, spec, stats, tokenizer)
+
+
+def check_plannable(config: Any) -> None:
+    """Refuse an architecture whose layers and contexts are not those that are measured here.
+
+    Raises:
+        ValueError: it is not Qwen-VLA.
+    """
+    if not isinstance(config, QwenVLAConfig):
+        raise ValueError(
+            f"rlvla doctor plans memory for qwen_vla policies; this one is {config.name}, of which it knows neither "
+            "activations nor contexts. Leave policy= out to check the machine, and try a run with iterations=1."
+        )
 
 
 def guess_tokens(policy: QwenVLA, instruction: str) -> int:

@@ -136,8 +136,15 @@ def pool(tokens: Float[Tensor, "B S D"], mask: Bool[Tensor, "B S"]) -> Float[Ten
     return ((tokens * weight).sum(dim=1) / weight.sum(dim=1)).detach()
 
 
-def prompts_for_tokenizer(spec: EnvSpec, instructions: Sequence[str]) -> list[str]:
-    """Chat turns like those the policy will read, to train a small tokenizer on."""
+def prompts_for_tokenizer(spec: EnvSpec, instructions: Sequence[str], config: Any = None) -> list[str]:
+    """Chat turns like those the policy will read, to train a small tokenizer on.
+
+    Args:
+        config: of an architecture with prompts of its own, which its ``tokenizer_texts(spec, instructions)`` gives.
+    """
+    if hasattr(config, "tokenizer_texts"):
+        own: list[str] = config.tokenizer_texts(spec, list(instructions))
+        return own
     turns = []
     for instruction in instructions:
         body = embodiment_prompt(spec, instruction)
