@@ -12,6 +12,7 @@ from rlvla_envs.base import EnvSpec
 ARCHITECTURES = {
     "qwen_vla": "rlvla.policies.qwen_vla:QwenVLAConfig:QwenVLA",
     "qwen_gr00t": "rlvla.policies.qwen_gr00t:QwenGr00tConfig:QwenGr00t",
+    "twinbrain_vla": "rlvla.policies.twinbrain_vla:TwinBrainVLAConfig:TwinBrainVLA",
 }
 """module:configuration:policy. A configuration has ``name``, and ``vlm`` with ``vocab_size`` and ``patch_size``."""
 

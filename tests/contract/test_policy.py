@@ -25,7 +25,7 @@ from rlvla.seeding import Stream, keyed_rng
 from rlvla_algos.flow import flow_sde_schedule, transition
 from rlvla_envs.base import ActionComponent, EnvSpec, Observation, VecEnv
 
-POLICIES = ["qwen_vla_tiny", "qwen_vla_toy", "qwen_gr00t_toy"]
+POLICIES = ["qwen_vla_tiny", "qwen_vla_toy", "qwen_gr00t_toy", "twinbrain_vla_toy"]
 """Names under configs/policy that fit a test. The toy has K = 2 = action channels, the tiny one pads to 8."""
 
 SHORT, LONG = "reach the goal", "fly slowly and carefully through the gap, then turn and reach the green goal"

@@ -319,7 +319,7 @@ def test_a_policy_that_does_not_fit_the_suite_is_refused_as_in_training() -> Non
         plan("policy=qwen_vla_tiny", "suite.chunk_size=16")
 
 
-@pytest.mark.parametrize("name", ["qwen_gr00t"])
+@pytest.mark.parametrize("name", ["qwen_gr00t", "twinbrain_vla"])
 def test_a_policy_whose_memory_it_does_not_know_is_said_to_be_one(name: str) -> None:
     with pytest.raises(ValueError, match=f"plans memory for qwen_vla policies; this one is {name}"):
         plan(f"policy={name}_toy")
