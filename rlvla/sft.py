@@ -155,7 +155,7 @@ def build_policy(config: SFTConfig, env_spec: EnvSpec, demonstrations: Demonstra
         policy.load_state_dict(before.state_dict())
         return policy
     if config.tokenizer is None:
-        prompts = prompts_for_tokenizer(env_spec, demonstrations.tasks)
+        prompts = prompts_for_tokenizer(env_spec, demonstrations.tasks, config.policy)
         if config.vision_language.dataset is not None:
             chats = load_chats(Path(config.vision_language.dataset))
             prompts += [text for chat in chats for text in chat.texts()]

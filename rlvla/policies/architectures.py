@@ -16,6 +16,8 @@ ARCHITECTURES = {
     "pi0": "rlvla.policies.pi:Pi0Config:Pi0",
     "pi05": "rlvla.policies.pi:Pi05Config:Pi05",
     "smolvla": "rlvla.policies.smolvla:SmolVLAConfig:SmolVLA",
+    "qwen_gr00t": "rlvla.policies.qwen_gr00t:QwenGr00tConfig:QwenGr00t",
+    "twinbrain_vla": "rlvla.policies.twinbrain_vla:TwinBrainVLAConfig:TwinBrainVLA",
 }
 """module:configuration:policy. A configuration has ``name``, and ``vlm`` with ``vocab_size`` and ``patch_size``."""
 

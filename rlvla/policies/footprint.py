@@ -82,11 +82,7 @@ def build_unallocated(config: QwenVLAConfig, spec: EnvSpec, tokenizer: Any = Non
     Raises:
         ValueError: the policy does not fit the suite, or its memory cannot be planned.
     """
-    if not isinstance(config, QwenVLAConfig):
-        raise ValueError(
-            f"the memory plan measures qwen_vla, and this policy is {config.name}, whose memory it cannot plan yet. "
-            "Run `rlvla doctor` without policy= to check the machine."
-        )
+    check_known(config)
     if tokenizer is None:
         tokenizer = train_tokenizer(prompts_for_tokenizer(spec, [""]), config.vlm.vocab_size)
     state = np.zeros((2, spec.state_size), np.float32) if spec.state_size else None

@@ -26,7 +26,17 @@ from rlvla.samplers import Sampler, training_sampler
 from rlvla.seeding import Stream, keyed_rng
 from rlvla_envs.base import ActionComponent, EnvSpec, Observation, VecEnv
 
-POLICIES = ["qwen_vla_tiny", "qwen_vla_toy", "vlm4vla_toy", "uam_toy", "pi0_toy", "pi05_toy", "smolvla_toy"]
+POLICIES = [
+    "qwen_vla_tiny",
+    "qwen_vla_toy",
+    "vlm4vla_toy",
+    "uam_toy",
+    "pi0_toy",
+    "pi05_toy",
+    "smolvla_toy",
+    "qwen_gr00t_toy",
+    "twinbrain_vla_toy",
+]
 """Names under configs/policy that fit a test. The toy has K = 2 = action channels, the tiny one pads to 8."""
 
 LAST_LAYER = r"layers\.1\.(self_attn\.(q|o)_(proj|norm)|mlp\..*|post_attention_layernorm)\.weight"

@@ -293,7 +293,7 @@ def test_statistics_without_bounds_do_not_clip_and_survive_the_disk(tmp_path: An
 @pytest.mark.parametrize("name", TOYS)
 def test_the_memory_plan_says_that_it_does_not_know_them(spec: EnvSpec, name: str) -> None:
     config = compose("sft", ["dataset=none", "suite=toy", f"policy={name}"]).policy
-    with pytest.raises(ValueError, match=f"this policy is {config.name}, whose memory it cannot plan yet"):
+    with pytest.raises(ValueError, match=f"'{config.name}'; rlvla doctor plans the memory of qwen_vla alone"):
         build_unallocated(config, spec)
 
 
