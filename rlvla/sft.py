@@ -12,6 +12,7 @@ from torch import nn
 from rlvla.config import FlowTime, SFTConfig
 from rlvla.dataset import Demonstrations, action_chunks
 from rlvla.dataset_reader import load_dataset
+from rlvla.distill import twin_teacher
 from rlvla.policies.action_stats import ActionStats
 from rlvla.policies.architectures import architecture
 from rlvla.policies.base import context_is_fixed, trained_groups
@@ -75,11 +76,13 @@ def fit(
         parameter.requires_grad_(True)
     optimizer = torch.optim.AdamW(trained, lr=config.lr, weight_decay=config.weight_decay)
     average: dict[str, torch.Tensor] | None = None
+    teacher = twin_teacher(config, policy, device)
     started = time.monotonic()
     for step in range(config.steps):
         rng = keyed_rng(config.seed, Stream.SFT, step)
         rows = rng.choice(len(weight), size=config.batch_size, p=weight)
-        batch = policy.collate(observe(demonstrations, rows))
+        observation = observe(demonstrations, rows)
+        batch = policy.collate(observation)
         batch["state"] = batch["state"] + config.state_noise * torch.from_numpy(normal(rng, *batch["state"].shape))
         draws = config.noise_draws * config.batch_size
         noise = torch.from_numpy(normal(rng, draws, policy.horizon, policy.channels))
@@ -91,12 +94,16 @@ def fit(
         for group in optimizer.param_groups:
             group["lr"] = config.lr * learning_rate_factor(step, config.steps, config.warmup_steps)
         with torch.set_grad_enabled(not context_is_fixed(policy, config.train_vlm)):
-            context = policy.encode(batch).repeat(config.noise_draws)
-        velocity = policy.velocity(context, interpolate(action, noise, tau), tau)
+            context = policy.encode(batch)
+        velocity = policy.velocity(context.repeat(config.noise_draws), interpolate(action, noise, tau), tau)
         loss = flow_matching_loss(velocity, action, noise, valid)
+        losses = {"loss/flow": loss}
+        if teacher is not None:
+            losses["loss/feature"] = teacher.loss(observation, batch, context)
+            loss = loss + config.feature_coef * losses["loss/feature"]
         optimizer.zero_grad(set_to_none=True)
         torch.autograd.backward(loss)
-        error = float(loss.detach())
+        error = float(losses["loss/flow"].detach())
         norm = nn.utils.clip_grad_norm_(trained, config.max_grad_norm)
         if not math.isfinite(error):
             raise RuntimeError(
@@ -108,7 +115,8 @@ def fit(
             average = update_average(average, policy, config.ema_decay)
         if (step + 1) % 20 == 0 or step + 1 == config.steps:
             rate = (step + 1) / (time.monotonic() - started)
-            row = {"loss/flow": error, "optim/grad_norm": float(norm), "speed/steps_per_s": rate}
+            row = {name: float(each.detach()) for name, each in losses.items()}
+            row |= {"optim/grad_norm": float(norm), "speed/steps_per_s": rate}
             record.log({"kind": "sft", "step": step + 1, "minutes": record.minutes(), **row})
             record.progress.bar(f"sft loss {error:.3f}", step + 1, config.steps)
     return average
@@ -116,11 +124,13 @@ def fit(
 
 def build_policy(config: SFTConfig, env_spec: EnvSpec, demonstrations: Demonstrations) -> Policy:
     """A fresh policy with the dataset's statistics and a tokenizer that knows its prompts."""
-    if config.tokenizer is None:
+    # A student's tokens are compared with its teacher's one by one.
+    source = config.tokenizer or config.twin_teacher
+    if source is None:
         prompts = prompts_for_tokenizer(env_spec, demonstrations.tasks, config.policy)
         tokenizer = train_tokenizer(prompts, config.policy.vlm.vocab_size)
     else:
-        tokenizer = load_tokenizer(Path(config.tokenizer))
+        tokenizer = load_tokenizer(Path(source))
     stats = ActionStats.of(demonstrations.action, demonstrations.state if env_spec.state_size else None)
     policy = architecture(config.policy.name).policy(config.policy, env_spec, stats, tokenizer)
     policy.initialize()
