@@ -604,6 +604,11 @@ class SFTConfig:
     """Above 0, no images are shown and a whole demonstration is predicted from its instruction and first state, up to
     so many actions (stage=t2a). 0 predicts chunks."""
     vision_language: VisionLanguageConfig = field(default_factory=VisionLanguageConfig)
+    twin_teacher: str | None = None
+    """Folder of a twinbrain_vla policy whose right brain's hidden states the policy learns as well, with the teacher's
+    tokenizer (TwinBrainVLA, appendix G); null has none."""
+    feature_coef: float = 1.0
+    """Weight of the squared distance to these states, summed over the hidden size; the paper's is 1."""
 
     def __post_init__(self) -> None:
         _check_common(self)
@@ -628,6 +633,13 @@ class SFTConfig:
             self.ema_decay,
             "in (0, 1), or null",
         )
+        _require(
+            self.twin_teacher is None or (self.train_vlm and self.tokenizer is None),
+            "twin_teacher",
+            self.twin_teacher,
+            "null with train_vlm=false, where no state could be learnt, and with tokenizer=, for it brings its own",
+        )
+        _require(0 <= self.feature_coef < math.inf, "feature_coef", self.feature_coef, "0 or more and finite")
         _require(
             min(self.beta_alpha, self.beta_beta) > 0,
             "beta_alpha, beta_beta",

@@ -13,6 +13,7 @@ from rlvla.acting import context_noise
 from rlvla.config import ConfigError, SFTConfig
 from rlvla.dataset import Demonstrations
 from rlvla.dataset_reader import load_dataset
+from rlvla.distill import twin_teacher
 from rlvla.policies.action_stats import ActionStats
 from rlvla.policies.architectures import architecture
 from rlvla.policies.base import context_is_fixed, trained_groups
@@ -77,10 +78,11 @@ def fit(
     optimizer = torch.optim.AdamW(trained, lr=config.lr, weight_decay=config.weight_decay)
     average: dict[str, torch.Tensor] | None = None
     sampler = evaluation_sampler(policy)
+    teacher = twin_teacher(config, policy, device)
     started = time.monotonic()
     for step in range(config.steps):
         rng = keyed_rng(config.seed, Stream.SFT, step)
-        batch, action, valid = examples.draw(rng, config.batch_size)
+        batch, action, valid, observation = examples.draw(rng, config.batch_size)
         noise = {name: normal(rng, config.batch_size, *size) for name, size in policy.context_noise().items()}
         if noise:
             batch["noise"] = context_noise(noise, config.batch_size)
@@ -96,6 +98,10 @@ def fit(
             for name, each in policy.auxiliary_losses(context, batch).items():
                 loss = loss + policy.auxiliary_weights[name] * each.mean()
                 losses[f"loss/{name}"] = float(each.detach().mean())
+        if teacher is not None:
+            feature = teacher.loss(observation, batch, context)
+            loss = loss + config.feature_coef * feature
+            losses["loss/feature"] = float(feature.detach())
         optimizer.zero_grad(set_to_none=True)
         torch.autograd.backward(loss)
         if questions is not None:
@@ -154,14 +160,16 @@ def build_policy(config: SFTConfig, env_spec: EnvSpec, demonstrations: Demonstra
         policy = architecture(before.config.name).policy(before.config, env_spec, stats, before.tokenizer)
         policy.load_state_dict(before.state_dict())
         return policy
-    if config.tokenizer is None:
+    # A student's tokens are compared with its teacher's one by one.
+    source = config.tokenizer or config.twin_teacher
+    if source is None:
         prompts = prompts_for_tokenizer(env_spec, demonstrations.tasks, config.policy)
         if config.vision_language.dataset is not None:
             chats = load_chats(Path(config.vision_language.dataset))
             prompts += [text for chat in chats for text in chat.texts()]
         tokenizer = train_tokenizer(prompts, config.policy.vlm.vocab_size)
     else:
-        tokenizer = load_tokenizer(Path(config.tokenizer))
+        tokenizer = load_tokenizer(Path(source))
     policy = architecture(config.policy.name).policy(config.policy, env_spec, stats, tokenizer)
     policy.initialize()
     return policy

@@ -24,6 +24,8 @@ class Drawn(NamedTuple):
     action: Float[Tensor, "B L K"]
     """Normalised and padded."""
     valid: Bool[Tensor, "B L K"]
+    observation: Observation
+    """What the batch was made from."""
 
 
 class Examples(Protocol):
@@ -64,11 +66,12 @@ class Chunks:
 
     def draw(self, rng: np.random.Generator, size: int) -> Drawn:
         rows = rng.choice(len(self._weight), size=size, p=self._weight)
-        batch = self._policy.collate(observe(self._demonstrations, rows))
+        seen = observe(self._demonstrations, rows)
+        batch = self._policy.collate(seen)
         _blur_state(batch, rng, self._state_noise)
         if self._policy.auxiliary_weights:
             batch["next"] = next_images(self._policy, self._demonstrations, rows)
-        return Drawn(batch, self._action[rows], self._valid[rows])
+        return Drawn(batch, self._action[rows], self._valid[rows], seen)
 
     def velocity(self, context: Context, sample: Tensor, tau: Tensor, valid: Tensor) -> Tensor:
         # A flow's; a distribution is not asked.
@@ -98,7 +101,7 @@ class Trajectories:
         seen = observe(self._demonstrations, self._first[rows])
         batch = self._policy.collate_text(seen, self.lengths[rows].tolist())
         _blur_state(batch, rng, self._state_noise)
-        return Drawn(batch, self._action[rows], self._valid[rows])
+        return Drawn(batch, self._action[rows], self._valid[rows], seen)
 
     def velocity(self, context: Context, sample: Tensor, tau: Tensor, valid: Tensor) -> Tensor:
         return self._policy.sequence_velocity(context, sample, tau, valid)

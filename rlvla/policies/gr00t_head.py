@@ -156,7 +156,8 @@ class AdaptiveNorm(nn.Module):
 
     def forward(self, x: Float[Tensor, "B L d"], time: Float[Tensor, "B d"]) -> Float[Tensor, "B L d"]:
         scale, shift = self.linear(F.silu(time))[:, None].chunk(2, dim=-1)
-        return F.layer_norm(x, (x.shape[-1],), eps=1e-5) * (1 + scale) + shift
+        y: Tensor = F.layer_norm(x, (x.shape[-1],), eps=1e-5) * (1 + scale) + shift
+        return y
 
 
 class Attention(nn.Module):

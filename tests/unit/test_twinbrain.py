@@ -21,6 +21,7 @@ from rlvla.policies.asymot import (
 )
 from rlvla.policies.brain import BrainConfig, Family, build_brain
 from rlvla.policies.policy import Policy
+from rlvla.policies.prompted import PAD_TO
 from rlvla.policies.twinbrain_vla import TwinBrainVLAConfig, left_prompt, right_prompt
 from rlvla_envs.base import EnvSpec, Observation, VecEnv
 
@@ -376,6 +377,7 @@ def test_the_left_prompts_length_follows_from_the_rights(
         expected = policy._lengths(text)
         assert (int(left.sum()), int(right.sum())) == expected
     assert len(shorter) == 1
+    assert shorter.pop() % PAD_TO == 0
 
 
 def test_a_prompt_beyond_the_heads_table_is_refused(
