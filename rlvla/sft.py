@@ -95,9 +95,10 @@ def fit(
         loss = sampler.imitation_loss(policy, context, action, valid, rng, config, examples.velocity)
         losses = {sampler.imitation_metric: float(loss.detach())}
         if "next" in batch:
-            for name, each in policy.auxiliary_losses(context, batch).items():
-                loss = loss + policy.auxiliary_weights[name] * each.mean()
-                losses[f"loss/{name}"] = float(each.detach().mean())
+            parts = policy.auxiliary_losses(context, batch)
+            auxiliary = torch.stack([policy.auxiliary_weights[name] * parts[name].mean() for name in parts]).sum()
+            loss = loss + auxiliary
+            losses["loss/auxiliary"] = float(auxiliary.detach())
         if teacher is not None:
             feature = teacher.loss(observation, batch, context)
             loss = loss + config.feature_coef * feature

@@ -10,6 +10,7 @@ import torch
 
 from rlvla.acting import Actor
 from rlvla.compose import compose
+from rlvla.config import AlgoConfig
 from rlvla.policies.action_stats import ActionStats
 from rlvla.policies.architectures import architecture
 from rlvla.policies.base import context_is_fixed
@@ -18,8 +19,8 @@ from rlvla.policies.policy import Policy
 from rlvla.policies.prefix import Fit, fit_images
 from rlvla.policies.processor import train_tokenizer
 from rlvla.policies.suffix_expert import flow_time_sines, rotary_tables, rotate, suffix_mask
+from rlvla.samplers import training_sampler
 from rlvla.seeding import Stream, keyed_rng
-from rlvla_algos.flow import flow_sde_schedule
 from rlvla_envs.base import ActionComponent, Camera, EnvSpec, Observation, VecEnv
 
 TOYS = ["pi0_toy", "pi05_toy", "smolvla_toy"]
@@ -245,12 +246,13 @@ def test_a_prefix_that_is_not_stored_is_read_again(
 def test_padding_is_denoised_where_the_checkpoint_expects_noise_and_is_never_scored(
     make_policy: Callable[..., Policy], spec: EnvSpec, seen: Observation
 ) -> None:
-    schedule = flow_sde_schedule(4, 0.5)
     for name in TOYS:
         policy = make_policy(name, spec, "policy.denoise_padding=true")
+        sampler = training_sampler(policy, AlgoConfig(noise_level=0.5))
         rngs = [keyed_rng(0, Stream.ROLLOUT, 0, i) for i in range(3)]
-        made = Actor(policy, block=4, device="cpu").decide(seen, rngs, temperature=1.0, schedule=schedule).decision
-        noisy = (made.before != 0).all(dim=0)
+        made = Actor(policy, block=4, device="cpu").decide(seen, rngs, temperature=1.0, sampler=sampler).decision
+        before = made.stored["before"]
+        noisy = (before != 0).all(dim=0)
         assert torch.equal(noisy, policy.noise_mask())
         steps = 6 if name == "smolvla_toy" else 8
         assert int(policy.noise_mask().sum()) == steps * 8
@@ -259,8 +261,8 @@ def test_padding_is_denoised_where_the_checkpoint_expects_noise_and_is_never_sco
         with torch.no_grad():
             context = policy.encode(policy.collate(seen))
             tau = torch.full((3,), 0.5)
-            quiet = made.before * policy.action_mask()
-            there = policy.velocity(context, made.before, tau)[:, :6, :2]
+            quiet = before * policy.action_mask()
+            there = policy.velocity(context, before, tau)[:, :6, :2]
             assert not torch.allclose(policy.velocity(context, quiet, tau)[:, :6, :2], there, atol=1e-4)
 
 

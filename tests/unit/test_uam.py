@@ -1,5 +1,6 @@
 """UAM: one attention over three experts, run one after another; its noise, its visual dynamics, its sizes."""
 
+import json
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import replace
@@ -13,6 +14,7 @@ import torch
 from tensordict import TensorDict
 from torch import Tensor, nn
 
+from rlvla import collect, sft, train
 from rlvla.acting import Actor, Thought
 from rlvla.compose import compose
 from rlvla.config import AlgoConfig, LearnerStrategy
@@ -548,6 +550,27 @@ def test_an_auxiliary_loss_that_would_train_nothing_is_refused_at_the_door(overr
         ValueError, match=r"auxiliary_weight is 0.5, and this policy has no auxiliary loss.*Set it to 0"
     ):
         learner_of(build(*overrides), auxiliary_weight=0.5)
+
+
+@pytest.mark.slow
+def test_sft_and_training_learn_the_dynamics_through_their_verbs(tmp_path: Path) -> None:
+    toy = ["suite=toy", "workers.kind=local", "workers.num_actors=1", "workers.envs_per_actor=4"]
+    collect.run(compose("collect", [*toy, f"output={tmp_path / 'data'}", "episodes=6"]))
+    wanted = ["policy=uam_toy", f"dataset={tmp_path / 'data'}", f"output={tmp_path / 'sft'}"]
+    sft.run(compose("sft", ["suite=toy", *wanted, "steps=60", "batch_size=8", "noise_draws=1"]))
+    losses = [row["loss/auxiliary"] for row in rows_of(tmp_path / "sft") if row["kind"] == "sft"]
+    assert len(losses) == 3
+    assert losses[-1] < losses[0]
+    quick = ["iterations=1", "episodes_per_iteration=8", "algo.critic_only_iterations=0", "algo.min_successes=0"]
+    quick += ["eval.trials=2", "eval.videos=0", "eval.shuffled_images=false", "algo.auxiliary_weight=1"]
+    train.run(compose("train", [*toy, *quick, f"policy={tmp_path / 'sft/policy'}", f"output={tmp_path / 'ppo'}"]))
+    (row,) = [row for row in rows_of(tmp_path / "ppo") if row["kind"] == "iteration"]
+    assert 0 < row["loss/auxiliary"] < 1
+    assert row["ppo/ratio_error"] < 1e-4
+
+
+def rows_of(run: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
 
 
 # --- split over learners
