@@ -1,6 +1,6 @@
 """From observations to chunks: the one place where a policy is run to act."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 
@@ -10,6 +10,7 @@ from tensordict import TensorDict
 
 from rlvla.policies.base import ChunkPolicy, Context, Decision, pad_tokens
 from rlvla.samplers import Sampler, evaluation_sampler
+from rlvla.seeding import normal
 from rlvla_envs.base import Observation
 
 
@@ -92,14 +93,24 @@ class Actor:
     ) -> Thought:
         policy, num_rows = self.policy, len(rngs)
         batch = policy.collate(observation).to(self.device)
-        context = policy.encode(batch)
         # Rows without a generator are padding: they repeat the last row, and must not advance its generator.
         draws = [sampler.draw(policy, rng) for rng in rngs]
         draws += [draws[-1]] * (self.block - num_rows)
+        # After the sampler's, so that a policy that asks for none has the bits it always had.
+        noise = {name: np.stack([normal(rng, *size) for rng in rngs]) for name, size in policy.context_noise().items()}
+        if noise:
+            batch["noise"] = context_noise(noise, self.block).to(self.device) * temperature
+        context = policy.encode(batch)
         made = sampler.sample(policy, context, draws, temperature)
         keep = slice(num_rows)
         decision = Decision(policy.actions_to_env(made.action)[keep], made.stored[keep])
         return Thought(decision, batch[keep], Context.from_tensordict(context.to_tensordict()[keep]))
+
+
+def context_noise(draws: Mapping[str, np.ndarray], num_rows: int) -> TensorDict:
+    """What `ChunkPolicy.context_noise` asks for, as a batch holds it; the last draw repeated to ``num_rows``."""
+    rows = np.minimum(np.arange(num_rows), len(next(iter(draws.values()))) - 1)
+    return TensorDict({name: torch.from_numpy(drawn[rows]) for name, drawn in draws.items()}, batch_size=[num_rows])
 
 
 @contextmanager

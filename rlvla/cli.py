@@ -7,10 +7,13 @@ VERBS = {
     "collect": "record a scripted expert's demonstrations as a LeRobotDataset v3",
     "sft": "train a policy on demonstrations",
     "train": "refine a policy with PPO and prove what it gained",
+    "tune": "look for the settings with which train does best",
     "eval": "measure a policy on held-back initial states",
     "forgetting": "measure what a policy's language model has lost, on questions of yours",
     "compare": "say what one policy gained and lost against another, suite by suite, with exact tests",
     "suites": "list the suites and what each lacks on this machine",
+    "import": "turn a checkpoint of LeRobot or openpi into a policy folder",
+    "export": "write an imported policy back in the format it came from",
     "doctor": "say what works on this machine, how to cure the rest, and what memory a run takes",
 }
 
@@ -18,6 +21,8 @@ POSITIONAL = {
     "eval": "       rlvla eval POLICY... suites=[NAME,...] [key=value ...]   its options: add suites=[NAME] to this",
     "compare": "       rlvla compare BEFORE AFTER suites=[NAME,...] [key=value ...]   policy folders or result files",
     "suites": "       rlvla suites [NAME ...]",
+    "import": "       rlvla import FORMAT CHECKPOINT output=FOLDER suite=NAME [key=value ...]",
+    "export": "       rlvla export POLICY output=FOLDER",
 }
 """Of verbs that take words without a key."""
 
@@ -25,10 +30,14 @@ EXAMPLES = """examples:
   rlvla collect output=datasets/push_cube episodes=100
   rlvla sft dataset=datasets/push_cube output=runs/sft
   rlvla train policy=runs/sft/policy output=runs/ppo algo.target_kl=0.1
+  rlvla tune policy=runs/sft/policy output=runs/tune iterations=16 tune.trials=20
+  rlvla train @runs/tune/best.yaml output=runs/best
   rlvla eval policy=runs/ppo/policy suite=push_cube eval.trials=200 output=runs/eval
   rlvla forgetting before=runs/sft/policy after=runs/ppo/policy questions=questions.jsonl
   rlvla eval runs/sft/policy runs/ppo/policy suites=[simpler_env,simpler_env_ood]
   rlvla compare runs/sft/policy runs/ppo/policy suites=[simpler_env,simpler_env_ood] eval.trials=100
+  rlvla import lerobot downloads/smolvla output=policies/smolvla suite=push_cube
+  rlvla export runs/ppo/policy output=refined
   rlvla doctor policy=qwen_vla_4b suite=simpler_env device_memory_gb=80"""
 
 
@@ -85,6 +94,7 @@ def _run(verb: str, overrides: list[str]) -> None:
         return
     _quieten()
     modules = {"EvaluateConfig": "evaluate", "EvaluateSuitesConfig": "evaluate_suites"}
+    modules |= {"ImportConfig": "formats.importing", "ExportConfig": "formats.exporting"}
     module = modules.get(type(config).__name__, verb)
     summary: dict[str, Any] = importlib.import_module(f"rlvla.{module}").run(config)
     print(json.dumps(summary))
@@ -107,9 +117,10 @@ def _quieten() -> None:
 def _help() -> str:
     verbs = "\n".join(f"  {verb:12s}{text}" for verb, text in VERBS.items())
     return (
-        "usage: rlvla VERB [key=value ...] [--cfg] [--debug]\n\n"
+        "usage: rlvla VERB [@FILE] [key=value ...] [--cfg] [--debug]\n\n"
         "Reinforcement-learning fine-tuning of flow-matching vision-language-action policies.\n\n"
         f"{verbs}\n\n"
+        "  rlvla VERB @FILE    the settings of a file, as in configs/recipe; later ones win\n"
         "  rlvla VERB --help   every option of a verb\n"
         "  rlvla VERB --cfg    the resolved configuration, without running\n"
         "  --debug             a traceback instead of a message\n\n"

@@ -19,11 +19,14 @@ from rlvla.config import (
     DoctorConfig,
     EvaluateConfig,
     EvaluateSuitesConfig,
+    ExportConfig,
     ForgettingConfig,
+    ImportConfig,
     SFTConfig,
     SuitesConfig,
     TrainConfig,
 )
+from rlvla.tune_config import TuneConfig
 from rlvla.words import ACROSS_SUITES, read_words
 from rlvla_envs.base import SuiteConfig
 
@@ -31,10 +34,13 @@ SCHEMAS: dict[str, type] = {
     "collect": CollectConfig,
     "sft": SFTConfig,
     "train": TrainConfig,
+    "tune": TuneConfig,
     "eval": EvaluateConfig,
     "eval_suites": EvaluateSuitesConfig,
     "compare": CompareConfig,
     "suites": SuitesConfig,
+    "import": ImportConfig,
+    "export": ExportConfig,
     "doctor": DoctorConfig,
     "forgetting": ForgettingConfig,
 }
@@ -47,8 +53,15 @@ HOW_GIVEN = {
 }
 """What is not given as KEY=PATH."""
 
-OPEN_KEYS = ("suite.options.", "task_weights.", "learning_rates.", "algo.learning_rates.", "algo.teacher.weights.")
-"""Mappings whose keys the suite or the policy checks."""
+OPEN_KEYS = (
+    "suite.options.",
+    "task_weights.",
+    "cameras.",
+    "learning_rates.",
+    "algo.learning_rates.",
+    "algo.teacher.weights.",
+)
+"""Mappings whose keys the suite, the checkpoint or the policy checks."""
 
 
 def compose(verb: str, overrides: Sequence[str]) -> Any:
@@ -102,6 +115,7 @@ def describe(verb: str, overrides: Sequence[str] = ()) -> list[tuple[str, str, s
     """
     from omegaconf import OmegaConf
 
+    overrides = expand(verb, overrides)
     with _config_errors():
         composed = _merge(verb, overrides)
     rows = list(describe_schema(SCHEMAS[read_words(verb, overrides, suite_files()).schema]))
@@ -110,7 +124,7 @@ def describe(verb: str, overrides: Sequence[str] = ()) -> list[tuple[str, str, s
         rows = [row for row in rows if row[0] != "policy"] + list(describe_schema(cast(type, policy), "policy."))
     absent = OmegaConf.missing_keys(composed)
     return [
-        (key, "required" if key in absent else _shown(OmegaConf.select(composed, key)), meaning)
+        (key, "required" if key in absent else shown(OmegaConf.select(composed, key)), meaning)
         for key, _, meaning in rows
     ]
 
@@ -125,7 +139,7 @@ def describe_schema(schema: type, prefix: str = "") -> Iterator[tuple[str, str, 
             continue
         default = f.default_factory() if f.default_factory is not dataclasses.MISSING else f.default
         required = default in (MISSING, dataclasses.MISSING)
-        yield f"{prefix}{f.name}", "required" if required else _shown(default), docs.get(f.name, "")
+        yield f"{prefix}{f.name}", "required" if required else shown(default), docs.get(f.name, "")
 
 
 def group_choices(verb: str) -> dict[str, list[str]]:
@@ -155,6 +169,53 @@ def config_dir() -> Path:
     raise ConfigError(f"no configs folder beside {here}; reinstall rlvla.")
 
 
+def with_values(config: Any, values: Mapping[str, Any]) -> Any:
+    """A copy of a configuration with other values under dotted keys, which may be text as one would type it; checked.
+
+    Raises:
+        ConfigError: a wrong type or an impossible value.
+    """
+    import yaml  # type: ignore[import-untyped, unused-ignore]
+    from omegaconf import OmegaConf
+
+    with _config_errors():
+        tree = OmegaConf.structured(config)
+        for key, value in values.items():
+            OmegaConf.update(tree, key, yaml.safe_load(value) if isinstance(value, str) else value)
+        return OmegaConf.to_object(tree)
+
+
+def expand(verb: str, words: Sequence[str]) -> list[str]:
+    """Put the words of a settings file where ``@FILE`` stands; what comes later on the command line wins.
+
+    The file is YAML, ``verb: [key=value, ...]``, as in configs/recipe. A verb that takes every option of `rlvla train`
+    takes the words under ``train`` where there are none of its own.
+
+    Raises:
+        ConfigError: there is no such file, or it has nothing for the verb.
+    """
+    found: list[str] = []
+    for word in words:
+        found += _settings_file(verb, Path(word[1:])) if word.startswith("@") else [word]
+    return found
+
+
+def _settings_file(verb: str, path: Path) -> list[str]:
+    import yaml
+
+    try:
+        content = yaml.safe_load(path.read_text())
+    except (OSError, yaml.YAMLError) as error:
+        raise ConfigError(f"cannot read the settings file {path}: {error}") from error
+    names = [verb, "train"] if issubclass(SCHEMAS[verb], TrainConfig) else [verb]
+    lists = [content[name] for name in names if name in content] if isinstance(content, dict) else []
+    if not lists or not isinstance(lists[0], list) or not all(isinstance(word, str) for word in lists[0]):
+        raise ConfigError(
+            f"{path} has no settings for `rlvla {verb}`; it must be YAML of the form {verb}: [key=value]."
+        )
+    return lists[0]
+
+
 def _merge(verb: str, overrides: Sequence[str]) -> Any:
     """Dataclasses, YAML and overrides in one OmegaConf tree, not yet checked for what is missing."""
     from hydra import compose as hydra_compose
@@ -163,6 +224,7 @@ def _merge(verb: str, overrides: Sequence[str]) -> Any:
 
     if verb not in SCHEMAS:
         raise ConfigError(f"{verb!r} is not a verb; verbs: {', '.join(SCHEMAS)}.")
+    overrides = expand(verb, overrides)
     _register_schemas()
     words = read_words(verb, overrides, suite_files())
     asked, verb, overrides = verb, words.schema, words.settings
@@ -229,8 +291,8 @@ def _check_keys(asked: str, verb: str, overrides: Sequence[str]) -> None:
         known |= {key for key, _, _ in describe_schema(SuiteConfig, "suite.")}
     if verb == "sft":
         known |= {key for key, _, _ in describe_schema(_policy_schema(overrides), "policy.")}
-    known |= set(group_choices(verb))
     choices = group_choices(verb)
+    known |= set(choices)
     for override in overrides:
         key, equals, value = override.partition("=")
         if not equals:
@@ -242,7 +304,7 @@ def _check_keys(asked: str, verb: str, overrides: Sequence[str]) -> None:
             raise ConfigError(f"{key} is {value!r}; choose one of {', '.join(choices[key])}.{hint}")
         if key in known or any(key.startswith(open_) and open_.rstrip(".") in known for open_ in OPEN_KEYS):
             continue
-        raise ConfigError(f"{key!r} is not an option of `rlvla {asked}`.{_suggest(key, known)}")
+        raise ConfigError(f"{key!r} is not an option of `rlvla {asked}`.{suggest(key, known)}")
 
 
 def _policy_schema(overrides: Sequence[str]) -> type:
@@ -260,7 +322,8 @@ def _policy_schema(overrides: Sequence[str]) -> type:
     return architecture(names[0] if names else next(iter(ARCHITECTURES))).config
 
 
-def _suggest(key: str, known: set[str]) -> str:
+def suggest(key: str, known: set[str]) -> str:
+    """A sentence with the nearest of the known keys."""
     close = difflib.get_close_matches(key, known, n=1, cutoff=0.6)
     if not close:
         # "epochs" for "algo.epochs": the last part alone may be right.
@@ -269,14 +332,14 @@ def _suggest(key: str, known: set[str]) -> str:
     return f" Did you mean {close[0]!r}?" if close else " See --help for all of them."
 
 
-def _shown(value: Any) -> str:
-    """As one would type it on the command line."""
+def shown(value: Any) -> str:
+    """A value as one would type it on the command line."""
     if value is None or isinstance(value, bool):
         return {None: "null", True: "true", False: "false"}[value]
     if isinstance(value, Mapping) and any(isinstance(entry, Mapping) for entry in value.values()):
-        return _shown(list(value))
+        return shown(list(value))
     if isinstance(value, Sequence) and not isinstance(value, str):
-        return f"[{', '.join(map(_shown, value))}]"
+        return f"[{', '.join(map(shown, value))}]"
     return str(value.value if isinstance(value, Enum) else value)
 
 

@@ -265,6 +265,9 @@ class AlgoConfig:
     """Bound of the importance weight of stale decisions (schedule=async)."""
     max_grad_norm: float = 1.0
     """Gradient-norm clip over all policy parameters."""
+    auxiliary_weight: float = 0.0
+    """Factor on the losses that an architecture has of its own (uam: visual dynamics, on the next decision's images),
+    times their weights in the policy's configuration. 0 has none."""
     train_vlm: bool = False
     """Train the backbone too. False stores each decision's context once and never runs the VLM in an update."""
     freeze: tuple[str, ...] = ()
@@ -325,7 +328,7 @@ class AlgoConfig:
         for name in (*positive, "mean_tolerance", "ratio_tolerance"):
             value = getattr(self, name)
             _require(0 < value < math.inf, f"algo.{name}", value, "positive and finite")
-        for name in ("value_coef", "min_successes", "critic_only_iterations", "entropy_coef"):
+        for name in ("value_coef", "min_successes", "critic_only_iterations", "entropy_coef", "auxiliary_weight"):
             _require(getattr(self, name) >= 0, f"algo.{name}", getattr(self, name), "0 or more")
         _require(
             all(size > 0 for size in self.value_hidden_sizes),
@@ -404,6 +407,9 @@ class TrainConfig:
     max_minutes: float | None = None
     """Begin no further iteration once the run has taken so many minutes, and make the final evaluation; null has no
     limit. What such a run gives depends on the machine's speed."""
+    max_env_steps: int | None = None
+    """Begin no further iteration once the run has taken so many environment steps, and make the final evaluation; null
+    has no limit. Schedules that depend on `iterations` still do."""
     episodes_per_iteration: int = 256
     """Whole episodes collected each iteration. Fewer, more frequent iterations were worse at equal steps."""
     task_mix: TaskMix = TaskMix.uniform
@@ -438,7 +444,9 @@ class TrainConfig:
             self.episodes_per_iteration,
             "at least 1",
         )
-        _require(self.max_minutes is None or self.max_minutes > 0, "max_minutes", self.max_minutes, "positive, or null")
+        for name in ("max_minutes", "max_env_steps"):
+            limit = getattr(self, name)
+            _require(limit is None or limit > 0, name, limit, "positive, or null")
         _require(
             self.learners.num <= self.episodes_per_iteration,
             "learners.num",
@@ -678,6 +686,11 @@ class SFTConfig:
     """Above 0, no images are shown and a whole demonstration is predicted from its instruction and first state, up to
     so many actions (stage=t2a). 0 predicts chunks."""
     vision_language: VisionLanguageConfig = field(default_factory=VisionLanguageConfig)
+    twin_teacher: str | None = None
+    """Folder of a twinbrain_vla policy whose right brain's hidden states the policy learns as well, with the teacher's
+    tokenizer (TwinBrainVLA, appendix G); null has none."""
+    feature_coef: float = 1.0
+    """Weight of the squared distance to these states, summed over the hidden size; the paper's is 1."""
 
     def __post_init__(self) -> None:
         _check_common(self)
@@ -711,11 +724,62 @@ class SFTConfig:
             "in (0, 1), or null",
         )
         _require(
+            self.twin_teacher is None or (self.train_vlm and self.tokenizer is None),
+            "twin_teacher",
+            self.twin_teacher,
+            "null with train_vlm=false, where no state could be learnt, and with tokenizer=, for it brings its own",
+        )
+        _require(0 <= self.feature_coef < math.inf, "feature_coef", self.feature_coef, "0 or more and finite")
+        _require(
             min(self.beta_alpha, self.beta_beta) > 0,
             "beta_alpha, beta_beta",
             (self.beta_alpha, self.beta_beta),
             "positive",
         )
+
+
+@dataclass(kw_only=True)
+class ImportConfig:
+    """`rlvla import FORMAT CHECKPOINT`: a checkpoint of another project as a policy folder."""
+
+    format: str = MISSING
+    """Whose checkpoint it is: lerobot or openpi. May stand as the first word after the verb."""
+    checkpoint: str = MISSING
+    """Its folder. May stand as the second word."""
+    output: str = MISSING
+    """Policy folder to write; must not exist yet."""
+    suite: SuiteConfig = field(default_factory=SuiteConfig)
+    """The conventions of actions, state and cameras, which a checkpoint does not carry: those of a suite."""
+    cameras: dict[str, str] = field(default_factory=dict)
+    """Which of the checkpoint's images each of the suite's cameras is, where names differ: cameras.front=base_0_rgb."""
+    tokenizer: str | None = None
+    """Folder with the VLM's tokenizer files, where the checkpoint has none."""
+    statistics: str | None = None
+    """Normalisation statistics, where the checkpoint has none: a LeRobot dataset's meta/stats.json or openpi's
+    norm_stats.json."""
+    horizon: int | None = None
+    """Actions in a chunk, where the checkpoint does not say: an openpi checkpoint without config.json."""
+    num_denoising_steps: int | None = None
+    """Euler steps from noise to action; null takes the checkpoint's own. PPO needs 2."""
+    noise_at: float | None = None
+    """Flow time at which a sample is noise in the checkpoint, if you know it: 1 or 0. It is compared with the format's
+    convention; null trusts that."""
+
+    def __post_init__(self) -> None:
+        for name in ("horizon", "num_denoising_steps"):
+            value = getattr(self, name)
+            _require(value is None or value >= 1, name, value, "at least 1, or null")
+        _require(self.noise_at in (None, 0, 1), "noise_at", self.noise_at, "1, 0 or null")
+
+
+@dataclass(kw_only=True)
+class ExportConfig:
+    """`rlvla export POLICY`: an imported policy back in the format it came from."""
+
+    policy: str = MISSING
+    """Policy folder that `rlvla import` wrote, or `rlvla train` from such a one. May stand as the first word."""
+    output: str = MISSING
+    """Checkpoint folder to write; must not exist yet."""
 
 
 @dataclass(kw_only=True)

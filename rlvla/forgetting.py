@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from rlvla.config import ForgettingConfig
+from rlvla.policies.backbone import with_head
 from rlvla.policies.folder import load_policy
 from rlvla.policies.policy import Policy
 from rlvla.policies.prompted import PromptedPolicy
@@ -85,18 +86,6 @@ def ask(policy: PromptedPolicy, chats: Sequence[Chat], max_new_tokens: int, devi
 def normalized(text: str) -> str:
     """Lower case, one space between words, no punctuation at either end of a word."""
     return " ".join(word for raw in text.lower().split() if (word := re.sub(r"^\W+|\W+$", "", raw)))
-
-
-def with_head(vlm: Any) -> Any:
-    """The transformers model that generates, around a backbone whose weights it shares."""
-    import transformers
-
-    kind = getattr(transformers, type(vlm).__name__.removesuffix("Model") + "ForConditionalGeneration")
-    with torch.device("meta"):
-        model = kind(vlm.config)
-    model.model = vlm
-    model.lm_head.weight = vlm.get_input_embeddings().weight
-    return model.eval()
 
 
 def _generate(policy: PromptedPolicy, model: Any, batch: dict[str, Tensor], max_new_tokens: int) -> str:

@@ -12,7 +12,7 @@ from torch.distributed.tensor import DTensor
 
 from rlvla.config import AlgoConfig, LearnerStrategy, LRSchedule
 from rlvla.parallel import context_of, hold
-from rlvla.policies.base import ChunkPolicy, ValueHead, trained_groups
+from rlvla.policies.base import ChunkPolicy, ValueHead, context_is_fixed, trained_groups
 from rlvla.policies.groups import check_groups, group_rates, require_gradients, trained_parameters
 from rlvla.ranks import ALONE, Group, naming_the_lost
 from rlvla.samplers import Likelihood, Sampler
@@ -35,6 +35,8 @@ class Forward:
 
     likelihood: Likelihood
     value: Tensor
+    auxiliary: Tensor
+    """[M]: the policy's own losses, where they are asked for; else zeros."""
 
     @property
     def log_prob(self) -> Tensor:
@@ -76,6 +78,8 @@ class Learner:
         self.sampler, self.seed, self.total_iterations = sampler, seed, total_iterations
         self.group = group
         sampler.check(policy)
+        if config.auxiliary_weight > 0:
+            _check_auxiliary(policy, config)
         check_groups(policy, config.freeze, "algo.freeze")
         trained = trained_groups(policy, config.train_vlm, config.freeze)
         rates = group_rates(
@@ -146,6 +150,8 @@ class Learner:
         """
         group = self.group
         data = rollout[rollout["valid"]]
+        if self.config.auxiliary_weight > 0:
+            data["next_row"] = next_rows(rollout["valid"])[rollout["valid"]]
         for key in {"context", "batch"} & set(rollout.keys()) if consume else ():
             del rollout[key]
         self._set_learning_rate(iteration)
@@ -193,7 +199,7 @@ class Learner:
         """One pass gives log-probability and value. All ranks call it equally often."""
         with naming_the_lost():
             scored = self._held.score(batch, self.sampler)
-        return Forward(scored.likelihood, self.value_head(scored.features))
+        return Forward(scored.likelihood, self.value_head(scored.features), scored.auxiliary)
 
     def _ppo_epochs(self, data: TensorDict, iteration: int) -> dict[str, float]:
         config, group = self.config, self.group
@@ -203,6 +209,8 @@ class Learner:
             epoch_kl, before = 0.0, num_batches
             for part in self._minibatches(data, iteration, epoch):
                 batch = part.data
+                if config.auxiliary_weight > 0:
+                    _add_next_images(batch, data)
                 new = self.forward(batch)
                 loss = ppo_loss(
                     log_prob=new.log_prob,
@@ -225,7 +233,8 @@ class Learner:
                 total = loss.total if entropy is None else loss.total - config.entropy_coef * entropy
                 pull = self._pull(new.likelihood, part)
                 total = total if pull is None else total + self._teacher_coef * pull
-                self._backward(part.weight * total)
+                auxiliary = new.auxiliary.sum() / part.rows
+                self._backward(part.weight * (total + config.auxiliary_weight * auxiliary))
                 norm = self._clip_gradients()
                 if not np.isfinite(norm):
                     raise InvariantError(
@@ -246,6 +255,8 @@ class Learner:
                     measured["ppo/entropy"] = float(entropy.detach())
                 if pull is not None:
                     measured["loss/teacher"] = float(pull.detach())
+                if config.auxiliary_weight > 0:
+                    measured["loss/auxiliary"] = part.weight * float(auxiliary.detach())
                 batch_kl, *numbers = group.total(float(kl / part.rows), *measured.values())
                 epoch_kl += batch_kl
                 for name, number in (*zip(measured, numbers, strict=True), ("optim/grad_norm", norm)):
@@ -463,3 +474,29 @@ def _nothing(data: TensorDict) -> TensorDict:
     row = data[:1].clone()
     row["mask"] = torch.zeros_like(row["mask"])
     return row
+
+
+def next_rows(valid: Tensor) -> Tensor:
+    """Which of the valid decisions [E T], taken row by row, follows each: [E T], -1 where none does."""
+    number = valid.flatten().cumsum(0).reshape(valid.shape) - 1
+    following = torch.full_like(number, -1)
+    follows = valid[:, :-1] & valid[:, 1:]
+    following[:, :-1][follows] = number[:, 1:][follows]
+    return following
+
+
+def _add_next_images(batch: TensorDict, data: TensorDict) -> None:
+    """Of the decisions that follow: gathered for a minibatch at a time, because all of them are the images again."""
+    row = batch["next_row"]
+    images = data["batch", "images"][row.clamp(min=0)]
+    batch["batch", "next"] = TensorDict({"images": images, "valid": row >= 0}, batch_size=[len(batch)])
+
+
+def _check_auxiliary(policy: ChunkPolicy, config: AlgoConfig) -> None:
+    """Refuse auxiliary losses of a policy that has none, or whose contexts are stored instead of the images."""
+    if not getattr(policy, "auxiliary_weights", {}) or context_is_fixed(policy, config.train_vlm, config.freeze):
+        raise ValueError(
+            f"algo.auxiliary_weight is {config.auxiliary_weight:g}, and this policy has no auxiliary loss that would "
+            "train anything. Set it to 0, or train a policy that has one: uam, where policy.dorsal.dynamics_weight is "
+            "positive and the dorsal expert is trained."
+        )

@@ -24,6 +24,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from rlvla.config import LearnerStrategy
 from rlvla.policies.base import ChunkPolicy, Context
+from rlvla.policies.policy import Policy
 from rlvla.ranks import Group
 from rlvla.samplers import Likelihood, Sampler
 
@@ -34,6 +35,8 @@ class Scored(NamedTuple):
     likelihood: Likelihood
     features: Float[Tensor, "M V"]
     """For the value head; they carry no gradient."""
+    auxiliary: Float[Tensor, " M"]
+    """The policy's weighted auxiliary losses, where the minibatch has the next images; else zeros."""
 
 
 def context_of(policy: ChunkPolicy, batch: TensorDict) -> Context:
@@ -44,7 +47,13 @@ def context_of(policy: ChunkPolicy, batch: TensorDict) -> Context:
 def score(policy: ChunkPolicy, batch: TensorDict, sampler: Sampler) -> Scored:
     """Score stored decisions under the policy as it is now."""
     context = context_of(policy, batch)
-    return Scored(sampler.score(policy, context, batch), policy.value_features(context))
+    features = policy.value_features(context)
+    auxiliary = torch.zeros(len(batch), device=features.device)
+    if "batch" in batch and "next" in batch["batch"]:
+        trained = cast(Policy, policy)
+        for name, loss in trained.auxiliary_losses(context, batch["batch"]).items():
+            auxiliary = auxiliary + trained.auxiliary_weights[name] * loss
+    return Scored(sampler.score(policy, context, batch), features, auxiliary)
 
 
 class Scorer(nn.Module):

@@ -25,10 +25,16 @@ from rlvla.recovery import Incident
 
 REPEATABLE = ("eval_suites", "compare")
 """Verbs whose output follows from a cache of results: the same command writes the same again."""
-RESUMABLE = ("train", "eval", *REPEATABLE)
-FREE_TO_CHANGE = ("output", "cache", "device", "workers", "learners", "save_every", "keep_checkpoints", "max_minutes")
-"""Settings that no iteration depends on, but for the rounding of other devices and numbers of learners: a run may go on
-with others."""
+RESUMABLE = ("train", "eval", "tune", *REPEATABLE)
+FREE_TO_CHANGE = (
+    *("output", "cache", "device", "workers", "learners"),
+    *("save_every", "keep_checkpoints", "max_minutes", "max_env_steps"),
+    # The space is compared by its content.
+    *("tune.trials", "tune.parallel", "tune.space", "tune.budget", "tune.give_up_after", "tune.grace_s"),
+    "tune.keep_checkpoints",
+)
+"""Settings that no iteration and no trial of a study depends on, but for the rounding of other devices and numbers of
+learners: a run may go on with others."""
 
 RECORDED_PACKAGES = (
     "rlvla",
@@ -42,6 +48,7 @@ RECORDED_PACKAGES = (
     "numpy",
     "gymnasium",
     "hydra-core",
+    "optuna",
 )
 """Whose version can change a result."""
 
@@ -305,7 +312,7 @@ def check_output(config: Any, verb: str) -> bool:
 def _differences(before: Any, now: Any, prefix: str = "") -> list[str]:
     """Dotted keys whose values differ, with both values; `FREE_TO_CHANGE` is left out."""
     if isinstance(before, dict) and isinstance(now, dict):
-        keys = [key for key in {**before, **now} if prefix or key not in FREE_TO_CHANGE]
+        keys = [key for key in {**before, **now} if f"{prefix}{key}" not in FREE_TO_CHANGE]
         return [line for key in keys for line in _differences(before.get(key), now.get(key), f"{prefix}{key}.")]
     return [] if before == now else [f"{prefix[:-1]} was {before} and is {now}"]
 

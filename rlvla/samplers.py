@@ -192,7 +192,7 @@ class FlowSampler(Sampler):
         return normal(rng, *shape), int(rng.integers(steps)), normal(rng, *shape)
 
     def sample(self, policy: ChunkPolicy, context: Context, draws: Sequence[Draws], temperature: float) -> Sampled:
-        flow, device, mask = cast(FlowPolicy, policy), context.tokens.device, policy.action_mask()
+        flow, device, mask = cast(FlowPolicy, policy), context.tokens.device, policy.noise_mask()
         noise = torch.from_numpy(np.stack([d[0] for d in draws])).to(device) * temperature * mask
         step = torch.tensor([d[1] for d in draws], device=device)
         step_noise = torch.from_numpy(np.stack([d[2] for d in draws])).to(device) * temperature * mask

@@ -9,9 +9,11 @@ import numpy as np
 import torch
 from torch import nn
 
+from rlvla.acting import context_noise
 from rlvla.config import ConfigError, SFTConfig
 from rlvla.dataset import Demonstrations
 from rlvla.dataset_reader import load_dataset
+from rlvla.distill import twin_teacher
 from rlvla.policies.action_stats import ActionStats
 from rlvla.policies.architectures import architecture
 from rlvla.policies.base import context_is_fixed, trained_groups
@@ -23,7 +25,7 @@ from rlvla.policies.processor import load_tokenizer, train_tokenizer
 from rlvla.policies.prompted import PromptedPolicy, prompts_for_tokenizer
 from rlvla.run import Run, pick_device
 from rlvla.samplers import evaluation_sampler
-from rlvla.seeding import Stream, keyed_rng, seed_torch
+from rlvla.seeding import Stream, keyed_rng, normal, seed_torch
 from rlvla.sft_examples import examples_of
 from rlvla.vision_language import Reader, load_chats, next_token_loss, to_device
 from rlvla_envs.base import ActionComponent, Camera, EnvSpec, require_match
@@ -85,10 +87,14 @@ def fit(
     )
     average: dict[str, torch.Tensor] | None = None
     sampler = evaluation_sampler(policy)
+    teacher = twin_teacher(config, policy, device)
     started = time.monotonic()
     for step in range(config.steps):
         rng = keyed_rng(config.seed, Stream.SFT, step)
-        batch, action, valid = examples.draw(rng, config.batch_size)
+        batch, action, valid, observation = examples.draw(rng, config.batch_size)
+        noise = {name: normal(rng, config.batch_size, *size) for name, size in policy.context_noise().items()}
+        if noise:
+            batch["noise"] = context_noise(noise, config.batch_size)
         action, valid, batch = (x.to(device) for x in (action, valid, batch))
 
         for group in optimizer.param_groups:
@@ -97,6 +103,15 @@ def fit(
             context = policy.encode(batch)
         loss = sampler.imitation_loss(policy, context, action, valid, rng, config, examples.velocity)
         losses = {sampler.imitation_metric: float(loss.detach())}
+        if "next" in batch:
+            parts = policy.auxiliary_losses(context, batch)
+            auxiliary = torch.stack([policy.auxiliary_weights[name] * parts[name].mean() for name in parts]).sum()
+            loss = loss + auxiliary
+            losses["loss/auxiliary"] = float(auxiliary.detach())
+        if teacher is not None:
+            feature = teacher.loss(observation, batch, context)
+            loss = loss + config.feature_coef * feature
+            losses["loss/feature"] = float(feature.detach())
         optimizer.zero_grad(set_to_none=True)
         torch.autograd.backward(loss)
         if questions is not None:
@@ -155,14 +170,16 @@ def build_policy(config: SFTConfig, env_spec: EnvSpec, demonstrations: Demonstra
         policy = architecture(before.config.name).policy(before.config, env_spec, stats, before.tokenizer)
         policy.load_state_dict(before.state_dict())
         return policy
-    if config.tokenizer is None:
-        prompts = prompts_for_tokenizer(env_spec, demonstrations.tasks)
+    # A student's tokens are compared with its teacher's one by one.
+    source = config.tokenizer or config.twin_teacher
+    if source is None:
+        prompts = prompts_for_tokenizer(env_spec, demonstrations.tasks, config.policy)
         if config.vision_language.dataset is not None:
             chats = load_chats(Path(config.vision_language.dataset))
             prompts += [text for chat in chats for text in chat.texts()]
         tokenizer = train_tokenizer(prompts, config.policy.vlm.vocab_size)
     else:
-        tokenizer = load_tokenizer(Path(config.tokenizer))
+        tokenizer = load_tokenizer(Path(source))
     policy = architecture(config.policy.name).policy(config.policy, env_spec, stats, tokenizer)
     policy.initialize()
     return policy

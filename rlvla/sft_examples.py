@@ -24,6 +24,8 @@ class Drawn(NamedTuple):
     action: Float[Tensor, "B L K"]
     """Normalised and padded."""
     valid: Bool[Tensor, "B L K"]
+    observation: Observation
+    """What the batch was made from."""
 
 
 class Examples(Protocol):
@@ -64,9 +66,12 @@ class Chunks:
 
     def draw(self, rng: np.random.Generator, size: int) -> Drawn:
         rows = rng.choice(len(self._weight), size=size, p=self._weight)
-        batch = self._policy.collate(observe(self._demonstrations, rows))
+        seen = observe(self._demonstrations, rows)
+        batch = self._policy.collate(seen)
         _blur_state(batch, rng, self._state_noise)
-        return Drawn(batch, self._action[rows], self._valid[rows])
+        if self._policy.auxiliary_weights:
+            batch["next"] = next_images(self._policy, self._demonstrations, rows)
+        return Drawn(batch, self._action[rows], self._valid[rows], seen)
 
     def velocity(self, context: Context, sample: Tensor, tau: Tensor, valid: Tensor) -> Tensor:
         # A flow's; a distribution is not asked.
@@ -96,10 +101,22 @@ class Trajectories:
         seen = observe(self._demonstrations, self._first[rows])
         batch = self._policy.collate_text(seen, self.lengths[rows].tolist())
         _blur_state(batch, rng, self._state_noise)
-        return Drawn(batch, self._action[rows], self._valid[rows])
+        return Drawn(batch, self._action[rows], self._valid[rows], seen)
 
     def velocity(self, context: Context, sample: Tensor, tau: Tensor, valid: Tensor) -> Tensor:
         return self._policy.sequence_velocity(context, sample, tau, valid)
+
+
+def next_images(policy: Policy, demonstrations: Demonstrations, rows: np.ndarray) -> TensorDict:
+    """What the cameras saw one chunk after each frame, as `Policy.auxiliary_losses` wants it."""
+    ahead = policy.env_spec.chunk_size
+    valid = demonstrations.frames_left[rows] > ahead
+    frames = np.where(valid, rows + ahead, rows)
+    images = [demonstrations.images[camera.name][frames] for camera in policy.env_spec.cameras]
+    return TensorDict(
+        {"images": torch.from_numpy(np.stack(images, axis=1)), "valid": torch.from_numpy(valid)},
+        batch_size=[len(rows)],
+    )
 
 
 def observe(demonstrations: Demonstrations, rows: np.ndarray) -> Observation:

@@ -27,6 +27,9 @@ CHART_CSS = """
 .chart .quiet{opacity:0} .chart .dot:hover{opacity:1;stroke:var(--tint);stroke-width:3}
 .chart .hollow{fill:var(--paper);stroke:var(--tint);stroke-width:1.5}
 .chart .cell{fill:var(--tint)} .chart .open{fill:none;stroke:var(--tint)}
+.chart .strand{fill:none;stroke:var(--tint);stroke-width:1.6;stroke-linejoin:round}
+.chart text.tick{paint-order:stroke;stroke:var(--paper);stroke-width:3;stroke-linejoin:round}
+.chart .strand.bold{stroke-width:3.2} .chart .strand:hover{stroke-width:4;opacity:1}
 .tint-0{--tint:var(--after)} .tint-1{--tint:var(--before)} .tint-2{--tint:var(--warm)}
 .tint-3{--tint:var(--faint)} .tint-4{--tint:var(--violet)} .tint-5{--tint:var(--green)}
 """
@@ -317,3 +320,62 @@ def outcome_grid(*, title: str, description: str, cells: Sequence[Cell], columns
             yield _tinted(tint, [f'<rect class="{css}" {square}><title>{escape(tip)}</title></rect>'])
 
     return _svg(columns * pitch, pitch * max(1, -(-len(cells) // columns)), title, description, body())
+
+
+class Dimension(NamedTuple):
+    """A vertical axis of `parallel_coordinates`: its name, and (place in [0, 1], text) of its ticks."""
+
+    label: str
+    ticks: Sequence[tuple[float, str]]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Strand:
+    """One line through all axes, at a place in [0, 1] on each; a gap where it is None."""
+
+    at: Sequence[float | None]
+    tip: str
+    tint: int = 0
+    strength: float = 1.0
+    """Opacity in [0, 1]."""
+    bold: bool = False
+
+
+def parallel_coordinates(
+    *, title: str, description: str, dimensions: Sequence[Dimension], strands: Sequence[Strand], width: int = 960
+) -> str:
+    """Many settings of many options at once: an axis each, a line for each setting. Later strands lie on top."""
+    top, bottom, height = 44.0, 262.0, 276
+    gap = (width - 120.0) / max(1, len(dimensions) - 1)
+
+    def place(axis: int, at: float) -> tuple[float, float]:
+        return round(50.0 + axis * gap, 1), round(bottom - at * (bottom - top), 1)
+
+    def body() -> Iterator[str]:
+        for strand in strands:
+            css = "strand bold" if strand.bold else "strand"
+            shape = f'class="{css}" opacity="{strand.strength:.2f}"'
+            for stretch in _unbroken([None if at is None else place(i, at) for i, at in enumerate(strand.at)]):
+                tip = f"<title>{escape(strand.tip)}</title>"
+                yield _tinted(strand.tint, [f'<polyline {shape} points="{_points(stretch)}">{tip}</polyline>'])
+        for i, dimension in enumerate(dimensions):
+            x, _ = place(i, 0.0)
+            yield _line(x, top, x, bottom, "axis")
+            # Names are longer than the gap; every other one is a line higher.
+            yield _text(x, top - (30 if i % 2 else 14), dimension.label, "strong middle")
+            for at, text in dimension.ticks:
+                _, y = place(i, at)
+                yield _line(x - 3, y, x + 3, y, "axis")
+                yield _text(x + 6, y + 4, text, "tick")
+
+    return _svg(width, height, title, description, body())
+
+
+def _unbroken(points: Sequence[tuple[float, float] | None]) -> list[list[tuple[float, float]]]:
+    stretches: list[list[tuple[float, float]]] = [[]]
+    for point in points:
+        if point is None:
+            stretches.append([])
+        else:
+            stretches[-1].append(point)
+    return [stretch for stretch in stretches if len(stretch) > 1]

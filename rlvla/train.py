@@ -142,8 +142,9 @@ def lead(config: TrainConfig, group: Group, losses: Sequence[str] = ()) -> dict[
 
             for iteration in range(state.iterations, config.iterations):
                 started = record.minutes()
-                if config.max_minutes is not None and started >= config.max_minutes:
-                    record.progress.note(f"max_minutes={config.max_minutes:g} are over after {iteration} iterations")
+                limit = limit_reached(config, started, state.env_steps)
+                if limit:
+                    record.progress.note(f"{limit} are over after {iteration} iterations")
                     record.tick(now=True)
                     if iteration % config.save_every:
                         checkpoints.save(state, write_checkpoint)
@@ -243,6 +244,15 @@ def lead(config: TrainConfig, group: Group, losses: Sequence[str] = ()) -> dict[
         if collector is not None:
             collector.close()
         envs.close()
+
+
+def limit_reached(config: TrainConfig, minutes: float, env_steps: int) -> str:
+    """The limit that ends a run before its iterations do, as one would type it; empty while there is none."""
+    if config.max_minutes is not None and minutes >= config.max_minutes:
+        return f"max_minutes={config.max_minutes:g}"
+    if config.max_env_steps is not None and env_steps >= config.max_env_steps:
+        return f"max_env_steps={config.max_env_steps}"
+    return ""
 
 
 def follow(config: TrainConfig, group: Group) -> None:

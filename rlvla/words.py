@@ -15,6 +15,10 @@ ACROSS_SUITES = ("eval_suites", "compare")
 """Schemas with ``suites``, a mapping."""
 
 
+PLACES = {"import": ("format", "checkpoint"), "export": ("policy",)}
+"""Settings that may be words without a key, in this order."""
+
+
 class Words(NamedTuple):
     """A command line, taken apart."""
 
@@ -63,6 +67,8 @@ def read_words(verb: str, words: Sequence[str], known_suites: Sequence[str]) -> 
         for name in bare:
             _require_suite(name, known_suites)
         fixed["names"] = bare
+    elif verb in PLACES and len(bare) <= len(PLACES[verb]):
+        fixed |= dict(zip(PLACES[verb], bare, strict=False))
     elif bare:
         raise ConfigError(f"{bare[0]!r} is not of the form key=value. See `rlvla {verb} --help`.")
     for key in ("before", "after"):

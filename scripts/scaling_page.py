@@ -404,8 +404,8 @@ cores after a measurement. The machine was never quiet, which leaves two ways:
   taken to be twice as fast on two cores. It predicts an idle machine and is compared with runs that were recorded
   when the machine was quieter, not idle."""
 
-LEFT_OUT = """* Several learners. Only `sync` on one process is validated so far; with `--checks 2x4 --schedules sync
-  pingpong async`, --validate runs and predicts the other two as well, where update and simulators share the cores.
+LEFT_OUT = """* Several learners. Only `sync` on one process is validated so far. `--validate RUN --checks 2x4` with
+  `--schedules pingpong async` runs and predicts the other two; the update and the simulators then share the cores.
 * Suites whose slots restart in groups (`physx_cuda`), simulation on the GPU, simulators on other hosts than the GPU.
 * A pass of the VLM over final observations with `algo.bootstrap_time_limit`, evaluations, checkpoints, GPU memory.
 * `async` with two groups, which would combine both gains.

@@ -107,7 +107,7 @@ def make_policy() -> Callable[..., "Policy"]:
     from rlvla.policies.processor import train_tokenizer
     from rlvla.policies.prompted import prompts_for_tokenizer
 
-    tokenizers: dict[int, Any] = {}
+    tokenizers: dict[tuple[str, int], Any] = {}
 
     def make(name: str, spec: "EnvSpec", *overrides: str, constant_channel: int | None = None) -> "Policy":
         config = compose("sft", ["dataset=none", "suite=toy", f"policy={name}", *overrides]).policy
@@ -116,12 +116,12 @@ def make_policy() -> Callable[..., "Policy"]:
         if constant_channel is not None:
             action[:, constant_channel] = 0.25
         state = rng.normal(size=(200, spec.state_size)).astype(np.float32) if spec.state_size else None
-        size = config.vlm.vocab_size
-        if size not in tokenizers:
+        key = (config.name, config.vlm.vocab_size)
+        if key not in tokenizers:
             instructions = ["fly through the gap and reach the green goal"]
-            tokenizers[size] = train_tokenizer(prompts_for_tokenizer(spec, instructions), size)
+            tokenizers[key] = train_tokenizer(prompts_for_tokenizer(spec, instructions, config), key[1])
         torch.manual_seed(0)
-        policy = architecture(config.name).policy(config, spec, ActionStats.of(action, state), tokenizers[size])
+        policy = architecture(config.name).policy(config, spec, ActionStats.of(action, state), tokenizers[key])
         policy.initialize()
         with torch.no_grad():
             for parameter in policy.parameters():
@@ -212,5 +212,37 @@ def make_result() -> Callable[..., "Result"]:
         made = Result(identity, label, spec.to_dict(), f"runs/{policy}/policy", {"torch": "2.9"}, evaluation)
         # As it would come from a file.
         return Result.from_dict(json.loads(json.dumps(made.to_dict())))
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def policy_on_meta() -> Callable[[str], Any]:
+    """A policy of configs/policy for a WidowX with one camera of 224 pixels, in shapes alone."""
+    import torch
+
+    from rlvla.compose import compose
+    from rlvla.policies.action_stats import ActionStats
+    from rlvla.policies.architectures import architecture
+    from rlvla.policies.processor import train_tokenizer
+    from rlvla_envs.base import ActionComponent, Camera, EnvSpec
+
+    spec = EnvSpec(
+        suite="simpler_env",
+        task="carrot",
+        robot="WidowX",
+        action=(ActionComponent(name="arm", size=7, convention="delta", low=-1.0, high=1.0),),
+        cameras=(Camera(name="front", height=224, width=224),),
+        control_hz=5.0,
+        chunk_size=4,
+        max_episode_steps=60,
+        num_evaluation_states=24,
+    )
+
+    def make(name: str) -> Any:
+        config = compose("sft", ["dataset=none", f"policy={name}", "suite.image_size=224"]).policy
+        stats = ActionStats.of(np.linspace(-1, 1, 50, dtype=np.float32)[:, None].repeat(7, axis=1), None)
+        with torch.device("meta"):
+            return architecture(config.name).policy(config, spec, stats, train_tokenizer(["hello"], 300))
 
     return make

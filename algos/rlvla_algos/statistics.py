@@ -9,6 +9,8 @@ from collections.abc import Sequence
 import numpy as np
 from jaxtyping import Float
 
+PRIOR_GROUPS = 3
+
 
 def wilson_interval(successes: int, trials: int, z: float = 1.959963984540054) -> tuple[float, float]:
     """Wilson score interval of a proportion, 95% by default (Wilson 1927).
@@ -46,6 +48,33 @@ def average_interval(counts: Sequence[tuple[int, int]], z: float = 1.95996398454
     down = math.sqrt(sum((rate - low) ** 2 for rate, (low, _) in zip(rates, bounds, strict=True))) / len(rates)
     up = math.sqrt(sum((high - rate) ** 2 for rate, (_, high) in zip(rates, bounds, strict=True))) / len(rates)
     return max(0.0, average - down), min(1.0, average + up)
+
+
+def pooled_lower_bound(successes: Sequence[int], trials: Sequence[int], z: float = 1.959963984540054) -> float:
+    """Lower end of the Wilson interval of a success rate over several groups, such as the seeds of a setting.
+
+    Where the groups differ by more than chance allows, the pooled trials count less: their number is divided by
+    the quasi-binomial's dispersion, Pearson's chi-squared over its degrees of freedom, if that is above 1. Of two or
+    three groups that is hardly known, so it is drawn towards 1 as if `PRIOR_GROUPS` more had differed as chance has it.
+
+    Raises:
+        ValueError: no groups, a group without trials, or more successes than trials.
+    """
+    pairs = list(zip(successes, trials, strict=False))
+    if not pairs or len(successes) != len(trials) or not all(0 <= s <= n and n > 0 for s, n in pairs):
+        raise ValueError(f"{list(successes)} successes in {list(trials)} trials are not proportions.")
+    total = sum(trials)
+    p = sum(successes) / total
+    if p == 0:
+        # Which rounding would miss.
+        return 0.0
+    dispersion = 1.0
+    if len(trials) > 1 and 0 < p < 1:
+        chi2 = sum((s - n * p) ** 2 / (n * p * (1 - p)) for s, n in zip(successes, trials, strict=True))
+        dispersion = max(1.0, (chi2 + PRIOR_GROUPS) / (len(trials) - 1 + PRIOR_GROUPS))
+    n = total / dispersion
+    half = z * math.sqrt(p * (1 - p) / n + z**2 / (4 * n**2))
+    return max(0.0, (p + z**2 / (2 * n) - half) / (1 + z**2 / n))
 
 
 def mcnemar_exact(before: Sequence[bool], after: Sequence[bool]) -> float:

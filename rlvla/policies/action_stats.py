@@ -1,6 +1,7 @@
 """Per-dataset quantile normalisation of actions, and mean and deviation of the state."""
 
 import json
+import math
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -23,6 +24,11 @@ class ActionStats:
     q99: Float[np.ndarray, " C"]
     state_mean: Float[np.ndarray, " P"]
     state_std: Float[np.ndarray, " P"]
+    action_bound: float = 1.0
+    """Normalised actions are clipped to +- this; infinite for a checkpoint that was trained without clipping. One that
+    standardises actions has mean - deviation for q01 and mean + deviation for q99, which is the same map."""
+    state_bound: float = 4.0
+    """The same for the normalised state."""
 
     @staticmethod
     def of(action: Float[np.ndarray, "N C"], state: Float[np.ndarray, "N P"] | None) -> "ActionStats":
@@ -46,7 +52,7 @@ class ActionStats:
     def normalize(self, action: Float[np.ndarray, "*B C"]) -> Float[np.ndarray, "*B C"]:
         """To [-1, 1], clipped as in the paper; inactive channels become 0."""
         scale = np.where(self.active, self.q99 - self.q01, 1.0)
-        unit = np.clip(2 * (action - self.q01) / scale - 1, -1.0, 1.0)
+        unit = np.clip(2 * (action - self.q01) / scale - 1, -self.action_bound, self.action_bound)
         return np.where(self.active, unit, 0.0).astype(np.float32)
 
     def denormalize(self, unit: Float[np.ndarray, "*B C"]) -> Float[np.ndarray, "*B C"]:
@@ -56,24 +62,44 @@ class ActionStats:
         return action
 
     def normalize_state(self, state: Float[np.ndarray, "*B P"]) -> Float[np.ndarray, "*B P"]:
-        """Standardised and clipped to +-4: an outlier pose must not own the expert's input."""
+        """Standardised and clipped, by default to +-4: an outlier pose must not own the expert's input."""
         unit: np.ndarray = (state - self.state_mean) / self.state_std
-        clipped: np.ndarray = np.clip(unit, -4.0, 4.0).astype(np.float32)
+        clipped: np.ndarray = np.clip(unit, -self.state_bound, self.state_bound).astype(np.float32)
         return clipped
 
     def save(self, path: Path) -> None:
         data = {
-            "action": {"q01": self.q01.tolist(), "q99": self.q99.tolist()},
-            "state": {"mean": self.state_mean.tolist(), "std": self.state_std.tolist()},
+            "action": {"q01": self.q01.tolist(), "q99": self.q99.tolist(), "bound": _finite(self.action_bound)},
+            "state": {
+                "mean": self.state_mean.tolist(),
+                "std": self.state_std.tolist(),
+                "bound": _finite(self.state_bound),
+            },
         }
         path.write_text(json.dumps(data, indent=2) + "\n")
 
     @staticmethod
     def load(path: Path) -> "ActionStats":
         data = json.loads(path.read_text())
+        action, state = data["action"], data["state"]
+        # Folders from before bounds were stored have the defaults.
         return ActionStats(
-            *(
-                np.array(data[kind][key], dtype=np.float32)
-                for kind, key in (("action", "q01"), ("action", "q99"), ("state", "mean"), ("state", "std"))
-            )
+            q01=np.array(action["q01"], dtype=np.float32),
+            q99=np.array(action["q99"], dtype=np.float32),
+            state_mean=np.array(state["mean"], dtype=np.float32),
+            state_std=np.array(state["std"], dtype=np.float32),
+            action_bound=_bound(action.get("bound", 1.0)),
+            state_bound=_bound(state.get("bound", 4.0)),
         )
+
+
+def _finite(bound: float) -> float | None:
+    """JSON has no infinity."""
+    return bound if math.isfinite(bound) else None
+
+
+def _bound(stored: float | None) -> float:
+    bound = math.inf if stored is None else float(stored)
+    if not bound > 0:
+        raise ValueError(f"a bound is {bound}; it must be positive, or null for none")
+    return bound

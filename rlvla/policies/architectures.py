@@ -11,7 +11,13 @@ from rlvla_envs.base import EnvSpec
 
 ARCHITECTURES = {
     "qwen_vla": "rlvla.policies.qwen_vla:QwenVLAConfig:QwenVLA",
+    "uam": "rlvla.policies.uam:UAMConfig:UAM",
     "vlm4vla": "rlvla.policies.vlm4vla:VLM4VLAConfig:VLM4VLA",
+    "pi0": "rlvla.policies.pi:Pi0Config:Pi0",
+    "pi05": "rlvla.policies.pi:Pi05Config:Pi05",
+    "smolvla": "rlvla.policies.smolvla:SmolVLAConfig:SmolVLA",
+    "qwen_gr00t": "rlvla.policies.qwen_gr00t:QwenGr00tConfig:QwenGr00t",
+    "twinbrain_vla": "rlvla.policies.twinbrain_vla:TwinBrainVLAConfig:TwinBrainVLA",
 }
 """module:configuration:policy. A configuration has ``name``, and ``vlm`` with ``vocab_size`` and ``patch_size``."""
 

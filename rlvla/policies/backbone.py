@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import nn
 
 
@@ -112,3 +113,15 @@ def widen_vision(vlm: Any, config: VLMConfig) -> None:
     """Widen the vision tower's start, for a model trained from scratch (`VLMConfig.vision_position_std`)."""
     nn.init.normal_(vlm.visual.pos_embed.weight, std=config.vision_position_std)
     nn.init.normal_(vlm.visual.patch_embed.proj.weight, std=config.vision_patch_std)
+
+
+def with_head(vlm: Any) -> Any:
+    """The transformers model that generates, around a backbone whose weights it shares."""
+    import transformers
+
+    kind = getattr(transformers, type(vlm).__name__.removesuffix("Model") + "ForConditionalGeneration")
+    with torch.device("meta"):
+        model = kind(vlm.config)
+    model.model = vlm
+    model.lm_head.weight = vlm.get_input_embeddings().weight
+    return model.eval()

@@ -118,6 +118,14 @@ class ChunkPolicy(Protocol):
         beside a longer row a decision's last bits would be others."""
         ...
 
+    def context_noise(self) -> dict[str, tuple[int, ...]]:
+        """Standard normal draws that `encode` reads of each row, by name: ``batch["noise", name]`` is [B, *shape].
+
+        They are drawn with the decision and kept with it, so that it is scored again under the same. Where a batch has
+        none, as for the value of a final observation, `encode` takes zeros, and the value must not depend on them.
+        """
+        ...
+
     def encode(self, batch: TensorDict) -> Context: ...
 
     def value_features(self, context: Context) -> Float[Tensor, "B V"]:
@@ -126,6 +134,10 @@ class ChunkPolicy(Protocol):
 
     def action_mask(self) -> Bool[Tensor, "H K"]:
         """Entries that mean something: inside the chunk, an action channel, and not constant in the data."""
+        ...
+
+    def noise_mask(self) -> Bool[Tensor, "H K"]:
+        """Entries that are drawn and denoised: those of `action_mask`, and padding where the network expects it."""
         ...
 
     def actions_to_env(self, sample: Float[Tensor, "B H K"]) -> Float[np.ndarray, "B H C"]: ...

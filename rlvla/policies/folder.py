@@ -1,4 +1,4 @@
-"""A policy on disk: config.yaml, model.safetensors, action_stats.json and tokenizer files.
+"""A policy on disk: config.yaml, model.safetensors, action_stats.json and tokenizer files; origin/ if it was imported.
 
 Where adapters were trained the weights have them merged in, and peft's two files with the adapters alone are beside.
 
@@ -17,6 +17,8 @@ from torch import nn
 from rlvla.policies.action_stats import ActionStats
 from rlvla.policies.architectures import architecture
 from rlvla.policies.lora import WEIGHTS, adapted, merge, save_adapters, unmerge
+from rlvla.policies.origin import FOLDER as ORIGIN
+from rlvla.policies.origin import Origin
 from rlvla.policies.policy import Policy
 from rlvla.policies.processor import load_tokenizer
 from rlvla_envs.base import EnvSpec
@@ -53,6 +55,8 @@ def save_policy(policy: Policy, folder: Path, weights: dict[str, torch.Tensor] |
         save_file({k: v.detach().cpu().contiguous().clone() for k, v in state.items()}, stage / "model.safetensors")
         policy.stats.save(stage / "action_stats.json")
         policy.tokenizer.save_pretrained(stage)
+        if policy.origin is not None:
+            policy.origin.save(stage / ORIGIN)
         replace_folder(stage, folder)
     except Exception as error:
         shutil.rmtree(stage, ignore_errors=True)
@@ -90,6 +94,8 @@ def load_policy(folder: Path, device: str = "cpu") -> Policy:
     _check_stats(stats, spec, folder / "action_stats.json")
     policy = architecture(config.name).policy(config, spec, stats, tokenizer)
     load_weights(policy, folder / "model.safetensors")
+    if (folder / ORIGIN).is_dir():
+        policy.origin = Origin.load(folder / ORIGIN)
     return policy.to(device)
 
 

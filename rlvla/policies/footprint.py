@@ -84,8 +84,9 @@ def build_unallocated(config: QwenVLAConfig, spec: EnvSpec, tokenizer: Any = Non
     """A policy of the right shapes on the meta device. Milliseconds and a few MB for any size.
 
     Raises:
-        ValueError: the policy does not fit the suite.
+        ValueError: the policy does not fit the suite, or its memory cannot be planned.
     """
+    check_known(config)
     if tokenizer is None:
         tokenizer = train_tokenizer(prompts_for_tokenizer(spec, [""]), config.vlm.vocab_size)
     state = np.zeros((2, spec.state_size), np.float32) if spec.state_size else None

@@ -5,6 +5,7 @@ again what is the same in all of them.
 """
 
 from abc import abstractmethod
+from collections.abc import Mapping
 from typing import Any, Self
 
 import numpy as np
@@ -15,6 +16,7 @@ from torch import Tensor, nn
 
 from rlvla.policies.action_stats import ActionStats
 from rlvla.policies.base import Context
+from rlvla.policies.origin import Origin
 from rlvla_algos.distribution import NormalBernoulli
 from rlvla_envs.base import EnvSpec, Observation
 
@@ -29,6 +31,8 @@ class Policy(nn.Module):
     """
 
     value_size: int
+    origin: Origin | None = None
+    """The checkpoint it was imported from; it stays with the policy through training."""
     context_groups: frozenset[str] = frozenset({"vlm"})
     frozen_groups: frozenset[str] = frozenset()
 
@@ -53,6 +57,23 @@ class Policy(nn.Module):
     def initialize(self) -> None:
         """What a model trained from scratch needs beyond its layers' own initialisation; nothing by default."""
 
+    def context_noise(self) -> dict[str, tuple[int, ...]]:
+        return {}
+
+    @property
+    def auxiliary_weights(self) -> Mapping[str, float]:
+        """Weight of each of `auxiliary_losses` in `rlvla sft`; empty where there is none."""
+        return {}
+
+    def auxiliary_losses(self, context: Context, batch: TensorDict) -> dict[str, Float[Tensor, " B"]]:
+        """What is trained beside the decoder, row by row and by name.
+
+        Args:
+            batch: what ``context`` was made from, and ``batch["next"]``: ``images`` [B, ...] of a chunk later and
+                ``valid`` [B], False where the episode has ended before. A row without counts 0.
+        """
+        return {}
+
     @abstractmethod
     def collate(self, observation: Observation) -> TensorDict: ...
 
@@ -74,10 +95,13 @@ class Policy(nn.Module):
     def action_mask(self) -> Bool[Tensor, "H K"]:
         return self._action_mask
 
+    def noise_mask(self) -> Bool[Tensor, "H K"]:
+        return self.action_mask()
+
     def actions_to_env(self, sample: Float[Tensor, "B H K"]) -> Float[np.ndarray, "B H C"]:
         """Clipped to the quantiles' range first: outside it the data says nothing, and SFT never went there."""
-        spec = self.env_spec
-        chunk = sample[:, : spec.chunk_size, : spec.action_size].float().clamp(-1, 1)
+        spec, bound = self.env_spec, self.stats.action_bound
+        chunk = sample[:, : spec.chunk_size, : spec.action_size].float().clamp(-bound, bound)
         return self.stats.denormalize(chunk.cpu().numpy())
 
     def actions_from_env(self, action: Float[np.ndarray, "B H C"]) -> Float[Tensor, "B H K"]:

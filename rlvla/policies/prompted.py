@@ -12,7 +12,7 @@ from torch import Tensor
 from rlvla.policies.policy import Policy
 from rlvla.policies.processor import patchify
 from rlvla.policies.prompt import embodiment_prompt
-from rlvla_envs.base import EnvSpec, Observation
+from rlvla_envs.base import Camera, EnvSpec, Observation
 
 PAD_TO = 16
 """Tokens that a context's length is rounded up to."""
@@ -38,8 +38,12 @@ class PromptedPolicy(Policy):
     context_limit: int = 0
     """Longest context; 0 has no limit."""
 
-    def prompt(self, instruction: str, *, images: bool = True, num_actions: int | None = None) -> str:
-        """The chat text of one observation, with one image token for each camera.
+    def prompt(self, instruction: str) -> str:
+        """The chat text of one observation, with one image token for each camera."""
+        return self._embodiment_chat(instruction)
+
+    def _embodiment_chat(self, instruction: str, *, images: bool = True, num_actions: int | None = None) -> str:
+        """Qwen-VLA's (section 2.3).
 
         Args:
             images: False leaves the cameras out.
@@ -51,8 +55,8 @@ class PromptedPolicy(Policy):
             image = [{"type": "image"}]
             if len(cameras) > 1:
                 # Which view is which (Qwen-VLA, section 3.2.1). One camera has nothing to be told from.
-                image = [{"type": "text", "text": f"<|{camera.name}_start|>"}, *image]
-                image.append({"type": "text", "text": f"<|{camera.name}_end|>"})
+                start, end = view_tags(camera)
+                image = [{"type": "text", "text": start}, *image, {"type": "text", "text": end}]
             content += image
         content.append({"type": "text", "text": embodiment_prompt(self.env_spec, instruction, num_actions)})
         turn = [{"role": "user", "content": content}]
@@ -70,7 +74,7 @@ class PromptedPolicy(Policy):
     def collate_text(self, observation: Observation, num_actions: Sequence[int]) -> TensorDict:
         """The same without images, each row asking for so many actions: `encode` then reads text alone."""
         prompts = [
-            self.prompt(text, images=False, num_actions=number)
+            self._embodiment_chat(text, images=False, num_actions=number)
             for text, number in zip(observation.instruction, num_actions, strict=True)
         ]
         return self._collate(prompts, observation, max(self._padded(len(self.layout(text).ids)) for text in prompts))
@@ -167,10 +171,23 @@ def pool(tokens: Float[Tensor, "B S D"], mask: Bool[Tensor, "B S"]) -> Float[Ten
     return ((tokens * weight).sum(dim=1) / weight.sum(dim=1)).detach()
 
 
-def prompts_for_tokenizer(spec: EnvSpec, instructions: Sequence[str]) -> list[str]:
-    """Chat turns like those the policy will read, to train a small tokenizer on."""
+def view_tags(camera: Camera) -> tuple[str, str]:
+    """What stands before and behind the image of one of several cameras."""
+    return f"<|{camera.name}_start|>", f"<|{camera.name}_end|>"
+
+
+def prompts_for_tokenizer(spec: EnvSpec, instructions: Sequence[str], config: Any = None) -> list[str]:
+    """Chat turns like those the policy will read, to train a small tokenizer on.
+
+    Args:
+        config: of an architecture with prompts of its own, which its ``tokenizer_texts(spec, instructions)`` gives.
+    """
+    if hasattr(config, "tokenizer_texts"):
+        own: list[str] = config.tokenizer_texts(spec, list(instructions))
+        return own
     turns = []
+    views = "".join(tag for camera in spec.cameras for tag in view_tags(camera)) if len(spec.cameras) > 1 else ""
     for instruction in instructions:
-        body = embodiment_prompt(spec, instruction)
+        body = views + embodiment_prompt(spec, instruction)
         turns.append(f"<|im_start|>user\n{body}<|im_end|>\n<|im_start|>assistant\n")
     return turns

@@ -99,10 +99,10 @@ class VLM4VLA(PromptedPolicy, PolicyWithDistribution):
     def initialize(self) -> None:
         widen_vision(self.vlm, self.config.vlm)
 
-    def prompt(self, instruction: str, *, images: bool = True, num_actions: int | None = None) -> str:
+    def prompt(self, instruction: str) -> str:
         """With a last token that holds the action query's place: `encode` puts the query there."""
         placeholder: str = self.tokenizer.pad_token
-        return super().prompt(instruction, images=images, num_actions=num_actions) + placeholder
+        return super().prompt(instruction) + placeholder
 
     def encode(self, batch: TensorDict) -> Context:
         """One token a row: the action query's last hidden state, which has read everything before it."""

@@ -129,6 +129,13 @@ def test_hydra_lives_in_compose_and_nowhere_else() -> None:
     assert {str(i.file) for i in imports(ALGOS + ENVS + SYSTEM) if i.package == "hydra"} == {"rlvla/compose.py"}
 
 
+def test_optuna_lives_in_the_memory_of_a_study_and_nowhere_else() -> None:
+    found = [i for i in imports(ALGOS + ENVS + SYSTEM) if i.package == "optuna" and i.at_import]
+    assert not found
+    files = {str(i.file) for i in imports(SYSTEM) if i.package == "optuna"}
+    assert files == {"rlvla/tune_study.py"}
+
+
 def test_the_system_never_imports_a_simulator() -> None:
     assert not offences(imports(SYSTEM), lambda i: i.package not in SIMULATORS)
 

@@ -85,7 +85,7 @@ def test_a_trajectory_is_all_actions_of_a_demonstration_and_its_prompt_says_how_
     policy: Any = make_policy("qwen_vla_toy", spec_of(demonstrations))
     config = SFTConfig(dataset="none", policy=None, sequence_length=1000, state_noise=0.0)
     examples = Trajectories(policy, demonstrations, config)
-    batch, action, valid = examples.draw(np.random.default_rng(0), 4)
+    batch, action, valid, _ = examples.draw(np.random.default_rng(0), 4)
     chosen = np.random.default_rng(0).integers(demonstrations.num_episodes, size=4)
     for row, episode in enumerate(chosen):
         start, end = demonstrations.episode_start[episode], demonstrations.episode_end[episode]
@@ -105,7 +105,7 @@ def test_what_is_past_the_end_of_a_trajectory_does_not_change_its_velocity(
 ) -> None:
     policy: Any = make_policy("qwen_vla_toy", spec_of(demonstrations))
     config = SFTConfig(dataset="none", policy=None, sequence_length=1000)
-    batch, action, valid = Trajectories(policy, demonstrations, config).draw(np.random.default_rng(0), 4)
+    batch, action, valid, _ = Trajectories(policy, demonstrations, config).draw(np.random.default_rng(0), 4)
     shortest = int(valid.any(dim=-1).sum(dim=1).min())
     row = int(valid.any(dim=-1).sum(dim=1).argmin())
     tau = torch.full((4,), 0.5)

@@ -31,11 +31,13 @@ from rlvla.config import (
 )
 from rlvla.policies.architectures import architecture
 from rlvla.policies.qwen_vla import QwenVLAConfig
+from rlvla.tune_space import parse_space
 from rlvla_envs.base import SuiteConfig
 from rlvla_envs.suites import SUITES
 
 REQUIRED = {
     "train": ["policy=p"],
+    "tune": ["policy=p"],
     "eval": ["policy=p"],
     "eval_suites": ["p", "suites=[toy]"],
     "compare": ["p", "q", "suites=[toy]"],
@@ -44,6 +46,8 @@ REQUIRED = {
     "collect": [],
     "suites": [],
     "doctor": [],
+    "import": ["format=lerobot", "checkpoint=c", "output=o"],
+    "export": ["policy=p", "output=o"],
 }
 """What each verb cannot do without."""
 OBVIOUS = {"seed", "device", "task", "name", "weight_decay", "max_grad_norm", "warmup_steps", "beta_beta"}
@@ -386,6 +390,9 @@ def test_a_yaml_holds_only_keys_of_its_schema(file: Path) -> None:
             compose(
                 verb, [*overrides, *{"sft": ["dataset=x"], "train": ["policy=x"], "eval": ["policy=x"]}.get(verb, [])]
             )
+        return
+    if group == "space":
+        parse_space(yaml.safe_load(file.read_text()), file.stem)
         return
     data = yaml.safe_load(file.read_text()) or {}
     if group == "policy":

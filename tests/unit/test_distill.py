@@ -1,152 +1,130 @@
-"""The distance to a teacher is the divergence of one Gaussian step, and a coefficient keeps it where it should be."""
+"""Twin-to-one distillation: the loss of appendix G, who may be whose teacher, and SFT with one."""
 
+import json
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from hypothesis import given
-from hypothesis import strategies as st
-from torch import Tensor
-from torch.distributions import Normal, kl_divergence
 
-from rlvla_algos.distill import (
-    Distance,
-    distillation_loss,
-    kl_per_velocity,
-    steer_coefficient,
-    step_distance,
-    velocity_gain,
-)
-from rlvla_algos.flow import flow_sde_schedule, gaussian_kl, transition
-from rlvla_algos.ppo import Reduction, Totals, count_entries
+from rlvla import collect, sft
+from rlvla.compose import compose
+from rlvla.config import ConfigError
+from rlvla.distill import TwinTeacher, feature_loss
+from rlvla.policies.folder import load_policy, save_policy
+from rlvla_envs.base import EnvSpec, Observation, VecEnv
 
-M, H, K = 5, 3, 2
+TOY = ["suite=toy", "workers.kind=local", "workers.num_actors=1"]
+RIGHT = ["policy.prompt.user='Instruction: {instruction} Robot Type: {robot_type}'"]
+"""The right prompt of twinbrain_vla_toy."""
 
 
-def draws(seed: int = 0, rows: int = M) -> tuple[Tensor, Tensor, Tensor]:
-    """A noisy chunk and two velocities."""
-    g = torch.Generator().manual_seed(seed)
-    sample, velocity, other = (torch.randn(rows, H, K, generator=g, dtype=torch.float64) for _ in range(3))
-    return sample, velocity, other
+def test_the_loss_by_hand() -> None:
+    # Row 0: tokens at squared distances 5 and 0, mean 2.5, its padding left out. Row 1: 1, 4 and 9, mean 14 / 3.
+    student = torch.tensor([[[1.0, 2.0], [0.0, 0.0], [9.0, 9.0]], [[1.0, 0.0], [2.0, 0.0], [0.0, 3.0]]])
+    mask = torch.tensor([[True, True, False], [True, True, True]])
+    assert feature_loss(student, torch.zeros(2, 3, 2), mask).item() == pytest.approx((2.5 + 14 / 3) / 2)
 
 
-def loss(mean: Tensor, teacher_mean: Tensor, **changes: Any) -> Tensor:
-    given = {"step": torch.arange(len(mean)) % 4, "schedule": flow_sde_schedule(4, 0.5), "distance": "kl"}
-    distances = step_distance(
-        mean=mean, teacher_mean=teacher_mean, **{key: changes.pop(key, value) for key, value in given.items()}
-    )
-    usual = {
-        "mask": torch.ones(mean.shape, dtype=torch.bool),
-        "weight": torch.ones(len(mean), dtype=mean.dtype),
-        "reduction": "sum",
-    }
-    return distillation_loss(distances=distances, **{**usual, **changes})
+def test_the_loss_moves_the_student_and_not_the_teacher() -> None:
+    student, teacher = (torch.randn(2, 3, 4, requires_grad=True) for _ in range(2))
+    feature_loss(student, teacher, torch.ones(2, 3, dtype=torch.bool)).backward()
+    assert teacher.grad is None
+    assert student.grad is not None
+    # d/dh of the mean over 2 rows and 3 tokens of |h - t|^2.
+    torch.testing.assert_close(student.grad, (2 * (student - teacher) / 6).detach())
 
 
-def test_the_factor_by_hand() -> None:
-    # N = 2, a = 1, so dt = 1/2. At tau = 1/2: s^2 = 1/2, w0 = 1, w1 = 0 - s^2 = -1/2, g = w1/2 - w0/2 = -3/4,
-    # g^2 / (2 s^2) = 9/16. At tau = 1: s = 1, w0 = 1/2, g = -1/2, factor 1/8.
-    schedule, step = flow_sde_schedule(2, 1.0), torch.tensor([1, 0])
-    torch.testing.assert_close(velocity_gain(schedule, step).flatten(), torch.tensor([-0.75, -0.5]))
-    torch.testing.assert_close(kl_per_velocity(schedule, step).flatten(), torch.tensor([9 / 16, 1 / 8]))
+@pytest.fixture
+def world(make_toy: Callable[..., VecEnv]) -> tuple[EnvSpec, Observation]:
+    env = make_toy(3)
+    return env.spec, env.reset(range(3), range(3))
 
 
-@given(a=st.floats(0.1, 1.5), num_steps=st.integers(2, 10), seed=st.integers(0, 10))
-def test_the_factor_is_the_closed_form_of_the_flow_sde(a: float, num_steps: int, seed: int) -> None:
-    schedule, step = flow_sde_schedule(num_steps, a), torch.arange(num_steps)
-    tau, dt = schedule.tau, 1 / num_steps
-    inside = dt * (1 + a**2 / 2) ** 2 * (1 - tau) / (2 * a**2 * tau)
-    expected = torch.where(tau == 1, dt**2 / (2 * a**2), inside)
-    torch.testing.assert_close(kl_per_velocity(schedule, step).flatten(), expected, rtol=1e-4, atol=1e-6)
+@pytest.fixture
+def folder(make_policy: Callable[..., Any], world: tuple[EnvSpec, Observation], tmp_path: Path) -> Path:
+    save_policy(make_policy("twinbrain_vla_toy", world[0]), tmp_path / "twin")
+    return tmp_path / "twin"
 
 
-@given(a=st.floats(0.1, 1.5), seed=st.integers(0, 50))
-def test_a_difference_of_velocities_times_the_factor_is_the_divergence_of_the_two_steps(a: float, seed: int) -> None:
-    schedule, step = flow_sde_schedule(4, a), torch.arange(M) % 4
-    sample, velocity, other = draws(seed)
-    one, two = transition(sample, velocity, step, schedule), transition(sample, other, step, schedule)
-    oracle = kl_divergence(Normal(one.mean, one.std), Normal(two.mean, two.std))
-    torch.testing.assert_close(
-        kl_per_velocity(schedule, step) * (velocity - other).square(), oracle, rtol=1e-5, atol=1e-8
-    )
+def make_student(make_policy: Callable[..., Any], folder: Path, spec: EnvSpec, *overrides: str) -> Any:
+    student = make_policy("qwen_gr00t_toy", spec, *RIGHT, *overrides)
+    student.tokenizer = load_policy(folder).tokenizer
+    return student
 
 
-@pytest.mark.parametrize("reduction", ["sum", "elementwise"])
-def test_the_loss_is_the_mean_divergence(reduction: Reduction) -> None:
-    schedule, step = flow_sde_schedule(4, 0.5), torch.arange(M) % 4
-    sample, velocity, other = draws()
-    one, two = transition(sample, velocity, step, schedule), transition(sample, other, step, schedule)
-    mask = torch.rand(M, H, K, generator=torch.Generator().manual_seed(1)) < 0.7
-    nats = gaussian_kl(one.mean, two.mean, one.std, mask)
-    found = loss(one.mean, two.mean, mask=mask, reduction=reduction)
-    torch.testing.assert_close(found, nats.mean() if reduction == "sum" else nats.sum() / mask.sum())
+def test_a_student_with_the_right_brains_states_would_have_no_loss(
+    make_policy: Callable[..., Any], world: tuple[EnvSpec, Observation], folder: Path
+) -> None:
+    spec, seen = world
+    student = make_student(make_policy, folder, spec)
+    teacher = TwinTeacher(folder, student, "cpu")
+    assert not any(p.requires_grad for p in teacher.policy.parameters())
+    seen = replace(seen, instruction=["go", "reach the goal and then turn around slowly, twice", "go"])
+    batch = student.collate(seen)
+    theirs = teacher.policy.encode(teacher.policy.collate(seen))
+    # One token more than the student has: the state's.
+    length = batch["mask"].shape[1]
+    assert theirs.tokens.shape[1] == length + 1
+    own = student.encode(batch)
+    assert teacher.loss(seen, batch, own).item() > 0.1
+    assert teacher.loss(seen, batch, replace(own, tokens=theirs.tokens[:, :length])).item() == 0
+    # A state elsewhere does not matter to the prompt's tokens.
+    assert seen.state is not None
+    moved = replace(seen, state=seen.state + 1)
+    assert teacher.loss(moved, batch, own).item() == teacher.loss(seen, batch, own).item()
 
 
-def test_the_velocity_distance_is_that_of_the_velocities_at_every_step() -> None:
-    schedule = flow_sde_schedule(4, 0.5)
-    sample, velocity, other = draws()
-    for k in range(4):
-        step = torch.full((M,), k)
-        means = [transition(sample, v, step, schedule).mean for v in (velocity, other)]
-        found = loss(*means, step=step, distance="velocity", reduction="elementwise")
-        torch.testing.assert_close(found, (velocity - other).square().mean(), rtol=1e-5, atol=0)
+def test_a_student_that_reads_another_prompt_is_refused(
+    make_policy: Callable[..., Any], world: tuple[EnvSpec, Observation], folder: Path
+) -> None:
+    spec, seen = world
+    student = make_student(make_policy, folder, spec, "policy.prompt.user='{instruction}'")
+    batch = student.collate(seen)
+    with pytest.raises(ValueError, match=r"read different prompts. Set policy.prompt.system .* right_prompt in"):
+        TwinTeacher(folder, student, "cpu").loss(seen, batch, student.encode(batch))
 
 
-@pytest.mark.parametrize("distance", ["kl", "velocity"])
-def test_what_does_not_count_pulls_at_nothing(distance: Distance) -> None:
-    mean = torch.randn(M, H, K, requires_grad=True)
-    teacher = torch.randn(M, H, K)
-    mask = torch.ones(M, H, K, dtype=torch.bool)
-    mask[:, 2] = False
-    weight = torch.tensor([1.0, 0, 1, 2, 1])
-    loss(mean, teacher, mask=mask, weight=weight, distance=distance).backward()
-    assert mean.grad is not None
-    assert not mean.grad[:, 2].any()
-    assert not mean.grad[1].any()
-    assert mean.grad[[0, 2, 3, 4], :2].all()
-    # Towards the teacher.
-    assert bool(((mean - teacher).detach() * mean.grad >= 0).all())
+def test_who_cannot_be_a_teacher_or_a_student_is_told_why(
+    make_policy: Callable[..., Any], world: tuple[EnvSpec, Observation], folder: Path, tmp_path: Path
+) -> None:
+    spec, _ = world
+    student = make_student(make_policy, folder, spec)
+    save_policy(student, tmp_path / "one")
+    with pytest.raises(ValueError, match=r"one is a qwen_gr00t policy; it must be a twinbrain_vla policy"):
+        TwinTeacher(tmp_path / "one", student, "cpu")
+    with pytest.raises(ValueError, match="the student has two brains as well"):
+        TwinTeacher(folder, load_policy(folder), "cpu")
+    other = make_student(make_policy, folder, replace(spec, control_hz=3.0))
+    with pytest.raises(ValueError, match="the teacher and the student use different conventions"):
+        TwinTeacher(folder, other, "cpu")
+    wide = make_student(make_policy, folder, spec, "policy.vlm.hidden_size=96")
+    with pytest.raises(ValueError, match="hidden_size is 96, the teacher's 64"):
+        TwinTeacher(folder, wide, "cpu")
 
 
-def test_a_weight_of_two_pulls_twice_as_hard() -> None:
-    _, velocity, other = draws(rows=1)
-    found = [loss(velocity, other, weight=torch.tensor([w]).double()) for w in (1.0, 2.0)]
-    torch.testing.assert_close(found[1], 2 * found[0])
-    assert found[0] > 0
-    assert not loss(velocity, velocity)
+def test_a_teacher_needs_a_backbone_that_learns_and_brings_its_tokenizer() -> None:
+    for other in ("train_vlm=false", "tokenizer=somewhere"):
+        with pytest.raises(ConfigError, match="twin_teacher is twin; it must be null with train_vlm=false"):
+            compose("sft", ["dataset=none", "policy=qwen_gr00t_toy", "twin_teacher=twin", other])
 
 
-@pytest.mark.parametrize("reduction", ["sum", "elementwise", "mean", "sqrt"])
-def test_parts_of_a_minibatch_add_up_to_the_whole(reduction: Reduction) -> None:
-    _, mean, teacher = draws()
-    mask = torch.rand(M, H, K, generator=torch.Generator().manual_seed(1)) < 0.7
-    step = torch.arange(M) % 4
-    totals = Totals(count_entries(mask, reduction), M)
-    whole = loss(mean, teacher, mask=mask, reduction=reduction)
-    parts = [
-        loss(mean[p], teacher[p], mask=mask[p], step=step[p], reduction=reduction, totals=totals)
-        for p in (slice(0, 2), slice(2, M))
-    ]
-    torch.testing.assert_close(parts[0] + parts[1], whole)
+def test_sft_draws_the_student_towards_its_teacher(tmp_path: Path) -> None:
+    collect.run(compose("collect", [*TOY, f"output={tmp_path / 'data'}", "episodes=4"]))
+    common = ["suite=toy", f"dataset={tmp_path / 'data'}", "batch_size=8", "noise_draws=1"]
+    twin = [*common, "policy=twinbrain_vla_toy", f"output={tmp_path / 'twin'}", "steps=3"]
+    sft.run(compose("sft", twin))
+    teacher = tmp_path / "twin/policy"
+    left, right = load_policy(teacher).left, load_policy(teacher).vlm  # type: ignore[attr-defined]
+    # They began as one; only the right has learnt.
+    moved = [n for n, p in right.named_parameters() if not torch.equal(p, left.get_parameter(n))]
+    assert len(moved) > 20
 
-
-def test_a_distance_that_does_not_exist_is_refused() -> None:
-    with pytest.raises(ValueError, match="distance is 'cosine'; it must be one of kl, velocity"):
-        # Unwrapped: the type checker of the tests would refuse it first.
-        getattr(step_distance, "__wrapped__", step_distance)(
-            mean=torch.zeros(1, H, K),
-            teacher_mean=torch.zeros(1, H, K),
-            step=torch.zeros(1, dtype=torch.long),
-            schedule=flow_sde_schedule(4, 0.5),
-            distance="cosine",
-        )
-
-
-def test_the_coefficient_follows_its_target_and_stays_within_reach() -> None:
-    assert steer_coefficient(1.0, kl=0.2, target=0.1, start=1.0) == 1.5
-    assert steer_coefficient(1.0, kl=0.05, target=0.1, start=1.0) == pytest.approx(1 / 1.5)
-    assert steer_coefficient(1.0, kl=0.12, target=0.1, start=1.0) == 1.0
-    low = high = 0.3
-    for _ in range(100):
-        low, high = (steer_coefficient(c, kl, 0.1, start=0.3) for c, kl in ((low, 0.0), (high, 9.0)))
-    assert (low, high) == (pytest.approx(0.003), pytest.approx(30))
+    student = [*common, *RIGHT, "policy=qwen_gr00t_toy", f"output={tmp_path / 'one'}", "steps=60"]
+    sft.run(compose("sft", [*student, f"twin_teacher={teacher}"]))
+    rows = [json.loads(line) for line in (tmp_path / "one/metrics.jsonl").read_text().splitlines()]
+    features = [row["loss/feature"] for row in rows if row.get("kind") == "sft"]
+    assert len(features) == 3
+    assert features[-1] < 0.5 * features[0]

@@ -36,9 +36,20 @@ FENCE = re.compile(r"^```(\w*)\n(.*?)^```", re.MULTILINE | re.DOTALL)
 LINK = re.compile(r"\[((?:[^\[\]`]|`[^`]*`)*)\]\(([^()\s]+)\)")
 METRIC = re.compile(r"(?:rollout|ppo|loss|value|optim|time|speed)/\w+")
 
-STAND_INS = {"suite=mysuite": "suite=toy", "policy=mypolicy": "policy=qwen_vla_toy"}
+STAND_INS = {
+    "suite=mysuite": "suite=toy",
+    "policy=mypolicy": "policy=qwen_vla_toy",
+    "@runs/tune/best.yaml": f"@{ROOT / 'configs/recipe/push_cube.yaml'}",
+}
 """Files that the how-to guides tell the reader to write -> ones that exist."""
-REQUIRED = {"sft": "dataset=PATH", "train": "policy=PATH", "eval": "policy=PATH"}
+REQUIRED = {
+    "sft": "dataset=PATH",
+    "train": "policy=PATH",
+    "tune": "policy=PATH",
+    "eval": "policy=PATH",
+    "import": "format=NAME checkpoint=PATH output=PATH",
+    "export": "policy=PATH output=PATH",
+}
 NAMED = {"compare": ["BEFORE", "AFTER"]}
 """Words without a key that have to be given."""
 
@@ -138,12 +149,12 @@ def test_every_command_on_a_page_composes(page: Path) -> None:
     for verb, words in commands(page):
         assert verb in VERBS, f"rlvla {verb} does not exist"
         overrides = [STAND_INS.get(word, word) for word in words if not word.startswith("-")]
-        bare = [word for word in overrides if "=" not in word]
+        bare = [word for word in overrides if "=" not in word and not word.startswith("@")]
         overrides += [] if bare else NAMED.get(verb, [])
         # Policies may be words without a key.
-        required = "" if bare else REQUIRED.get(verb, "")
-        if required and not any(word.startswith(required.partition("=")[0] + "=") for word in overrides):
-            overrides.append(required)
+        for required in "" if bare else REQUIRED.get(verb, "").split():
+            if not any(word.startswith(required.partition("=")[0] + "=") for word in overrides):
+                overrides.append(required)
         compose(verb, overrides)
 
 

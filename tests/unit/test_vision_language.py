@@ -10,7 +10,8 @@ import pytest
 import torch
 from PIL import Image
 
-from rlvla.forgetting import ask, compare, normalized, with_head
+from rlvla.forgetting import ask, compare, normalized
+from rlvla.policies.backbone import with_head
 from rlvla.policies.policy import Policy
 from rlvla.vision_language import IGNORED, Chat, Reader, answer_log_probs, load_chats, next_token_loss
 from rlvla_envs.base import EnvSpec, SuiteConfig

@@ -1,0 +1,55 @@
+"""`rlvla export POLICY`: an imported policy goes back into the format it came from."""
+
+import os
+import shutil
+from pathlib import Path
+from typing import Any
+
+from rlvla.config import ExportConfig
+from rlvla.formats.base import FORMATS
+from rlvla.formats.tensors import gather
+from rlvla.policies.folder import load_policy
+
+
+def run(config: ExportConfig) -> dict[str, Any]:
+    """Write ``config.policy`` to ``config.output`` with its original keys, precisions and files.
+
+    Raises:
+        ValueError: not a policy folder, one that was not imported, or an output that exists.
+        RuntimeError: the disk is full or not writable; nothing half-written is left.
+    """
+    from safetensors.torch import save_file
+
+    folder, output = Path(config.policy), Path(config.output)
+    if output.exists():
+        raise ValueError(f"{output} exists already. Choose another output=, or remove it.")
+    policy = load_policy(folder)
+    origin = policy.origin
+    if origin is None:
+        raise ValueError(
+            f"{folder} was not imported, so there is no format to write it back to. `rlvla import` makes policies that "
+            f"can be exported, and keeps them so through `rlvla train`. Formats: {', '.join(FORMATS)}."
+        )
+    if not origin.weights.endswith(".safetensors"):
+        raise ValueError(f"{folder} came from {origin.weights}; only safetensors checkpoints are written back.")
+    tensors = gather(policy, origin.places, origin.kept)
+    output.parent.mkdir(parents=True, exist_ok=True)
+    stage = output.parent / f".{output.name}.partial-{os.getpid()}"
+    shutil.rmtree(stage, ignore_errors=True)
+    try:
+        for name, data in origin.files.items():
+            path = stage / name
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_bytes(data)
+        stage.mkdir(exist_ok=True)
+        save_file(tensors, stage / origin.weights, metadata=dict(origin.metadata) or None)
+        os.replace(stage, output)
+    except Exception as error:
+        shutil.rmtree(stage, ignore_errors=True)
+        if isinstance(error, OSError) or "os error" in str(error).lower():
+            raise RuntimeError(
+                f"cannot write {output}: {error}. Free some space or choose another output=; nothing half-written was "
+                "left."
+            ) from error
+        raise
+    return {"checkpoint": str(output), "format": origin.format, "tensors": len(tensors), "files": sorted(origin.files)}

@@ -1,0 +1,178 @@
+"""Weights of a foreign checkpoint: read without running anything, and every tensor put in its place.
+
+safetensors, or a PyTorch file of plain tensors read with ``weights_only=True``. A pickle that runs code is refused.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from rlvla.policies.origin import Place
+
+SHOWN = 5
+"""Names in an error; the others are counted."""
+
+
+class Weights(NamedTuple):
+    """What a weights file holds."""
+
+    path: Path
+    tensors: dict[str, Tensor]
+    metadata: dict[str, str]
+
+
+def read_weights(path: Path) -> Weights:
+    """Read a safetensors file, or a PyTorch file that is a mapping of names to tensors.
+
+    Raises:
+        ValueError: not there, damaged, or a pickle with more than tensors in it.
+    """
+    if not path.is_file():
+        raise ValueError(f"there is no weights file at {path}.")
+    if path.suffix == ".safetensors":
+        return _read_safetensors(path)
+    return _read_torch(path)
+
+
+def _read_safetensors(path: Path) -> Weights:
+    from safetensors import SafetensorError, safe_open
+    from safetensors.torch import load_file
+
+    try:
+        with safe_open(path, framework="pt") as file:
+            metadata = dict(file.metadata() or {})
+        return Weights(path, load_file(path), metadata)
+    except (SafetensorError, OSError) as error:
+        raise ValueError(
+            f"{path} is no safetensors file, or a damaged one: {error}. Copy it again. A pickle under that name is not "
+            "read: it could run code."
+        ) from error
+
+
+def _read_torch(path: Path) -> Weights:
+    try:
+        content: Any = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+    except Exception as error:  # torch raises many kinds for one fact
+        raise ValueError(
+            f"{path} holds more than tensors, or is damaged ({type(error).__name__}). It is read with "
+            "weights_only=True: other pickles can run code. Save its state dict as safetensors where it was made."
+        ) from error
+    if not isinstance(content, dict) or not all(isinstance(tensor, Tensor) for tensor in content.values()):
+        kind = type(content).__name__
+        raise ValueError(
+            f"{path} is a {kind} that is not only names and tensors. Save its state dict alone, as safetensors."
+        )
+    return Weights(path, content, {})
+
+
+@dataclass(frozen=True)
+class KeyMap:
+    """How a checkpoint's keys become ours: prefixes in order, the first that fits."""
+
+    version: int
+    renames: tuple[tuple[str, str], ...]
+    """(theirs, ours)."""
+    kept: frozenset[str] = frozenset()
+    """Keys of theirs that acting does not use. They are kept aside for export."""
+    tied: Mapping[str, str] = field(default_factory=dict)
+    """Keys of theirs that may be a second name of a tensor of ours."""
+
+    def ours(self, key: str) -> str | None:
+        for theirs, ours in self.renames:
+            if key.startswith(theirs):
+                return ours + key[len(theirs) :]
+        return None
+
+    def theirs(self, name: str) -> str:
+        """The key that an importable checkpoint would have."""
+        for theirs, ours in self.renames:
+            if name.startswith(ours):
+                return theirs + name[len(ours) :]
+        return name
+
+
+def place(weights: Weights, policy: nn.Module, key_map: KeyMap) -> tuple[dict[str, Place], dict[str, Tensor]]:
+    """Load every tensor into a policy.
+
+    Returns:
+        Where each went, and those that are kept aside.
+
+    Raises:
+        ValueError: a tensor without a home, a parameter without a tensor, or another shape; the message has the lists.
+    """
+    expected = policy.state_dict()
+    found: dict[str, str] = {}
+    places: dict[str, Place] = {}
+    kept: dict[str, Tensor] = {}
+    homeless: list[str] = []
+    for key in sorted(weights.tensors, key=lambda key: key in key_map.tied):
+        tensor = weights.tensors[key]
+        name: str | None = key_map.ours(key)
+        if key in key_map.tied:
+            first = found.get(key_map.tied[key])
+            tie = first is None or torch.equal(weights.tensors[first], tensor)
+            name = key_map.tied[key] if tie else None
+        elif key in key_map.kept:
+            name = None
+        elif name not in expected:
+            homeless.append(f"{key} {tuple(tensor.shape)}")
+            continue
+        if name is None:
+            kept[key] = tensor
+        else:
+            found.setdefault(name, key)
+        places[key] = Place(name, str(tensor.dtype).removeprefix("torch."))
+    absent = [f"{key_map.theirs(n)} {tuple(expected[n].shape)}" for n in sorted(set(expected) - set(found))]
+    wrong = [
+        f"{key} {tuple(weights.tensors[key].shape)} instead of {tuple(expected[name].shape)}"
+        for name, key in sorted(found.items())
+        if weights.tensors[key].shape != expected[name].shape
+    ]
+    problems = [
+        f"{label}: {_few(names)}"
+        for label, names in (("without a home", homeless), ("missing", absent), ("of another shape", wrong))
+        if names
+    ]
+    if problems:
+        raise ValueError(
+            f"{weights.path} does not fit the architecture that its configuration names; tensors {'; '.join(problems)}."
+            " Nothing was written. Is it a checkpoint of another architecture, version or size?"
+        )
+    for name, key in found.items():
+        tensor = weights.tensors[key]
+        if tensor.is_floating_point() and not torch.isfinite(tensor).all():
+            raise ValueError(f"{weights.path}: {key} has values that are not finite. Copy the checkpoint again.")
+        expected[name].copy_(tensor)
+    return places, kept
+
+
+def gather(policy: nn.Module, places: Mapping[str, Place], kept: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The inverse of `place`: the original's keys and precisions, with the policy's weights as they are now.
+
+    Raises:
+        RuntimeError: a weight that the original's precision cannot hold.
+    """
+    state = policy.state_dict()
+    tensors: dict[str, Tensor] = {}
+    for key, target in places.items():
+        if target.name is None:
+            tensors[key] = kept[key]
+            continue
+        # A copy each: safetensors refuses two names of one storage.
+        tensor = state[target.name].detach().cpu().to(getattr(torch, target.dtype), copy=True).contiguous()
+        if not torch.isfinite(tensor).all():
+            raise RuntimeError(
+                f"{target.name} has values that {target.dtype}, the checkpoint's precision of {key}, cannot hold. "
+                "Has the policy diverged?"
+            )
+        tensors[key] = tensor
+    return tensors
+
+
+def _few(names: Sequence[str]) -> str:
+    more = len(names) - SHOWN
+    return ", ".join(names[:SHOWN]) + (f" and {more} more" if more > 0 else "")
