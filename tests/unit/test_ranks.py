@@ -367,6 +367,9 @@ def test_two_ranks_are_pulled_by_a_teacher_as_one_is(tmp_path: Path) -> None:
     changes = {"teacher": teacher, "train_vlm": True, "vlm_lr": 1e-3}
     alone = train(ALONE, LearnerStrategy.ddp, range(3), None, **changes)
     both = done(on_two_ranks(tmp_path / "run", train, LearnerStrategy.ddp, range(3), None, **changes))
+    for row in (row for found in (alone, *both) for row in found["metrics"]):
+        # A count over a count, in single precision.
+        row.pop("ppo/clip_fraction", None)
     assert_close(alone, both[0])
     assert_close(alone["metrics"], both[1]["metrics"])
     # It has something to compare: the teacher is another policy, and the coefficient was steered.
