@@ -36,8 +36,11 @@ def main(descriptor: int) -> None:
     try:
         serve(connection)
     except WireError as error:
-        print(f"simulator host: {error}", file=sys.stderr)
-    _end_group()
+        # Whoever would read it may be gone as well.
+        with suppress(OSError):
+            print(f"simulator host: {error}", file=sys.stderr, flush=True)
+    finally:
+        _end_group()
 
 
 def serve(connection: socket.socket) -> None:
