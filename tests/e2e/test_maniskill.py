@@ -25,7 +25,9 @@ pytestmark = pytest.mark.simulator
 @pytest.fixture(scope="module")
 def policy_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     root = tmp_path_factory.mktemp("push")
-    collected = collect.run(compose("collect", [f"output={root / 'data'}", "episodes=4", "workers.num_actors=2"]))
+    collected = collect.run(
+        compose("collect", [f"output={root / 'data'}", "episodes=4", "workers.num_actors=2", "workers.spare=false"])
+    )
     assert collected["episodes"] == 4
     data = load_dataset(root / "data")
     assert data.images["base_camera"].shape[1:] == (64, 64, 3)
@@ -41,6 +43,7 @@ def test_ray_rollouts_equal_in_process_rollouts_bit_for_bit(policy_folder: Path)
             f"policy={policy_folder}",
             f"workers.kind={kind}",
             f"workers.num_actors={actors}",
+            "workers.spare=false",
             f"workers.envs_per_actor={per_actor}",
         ]
         config = compose("train", overrides)
@@ -55,7 +58,9 @@ def test_ray_rollouts_equal_in_process_rollouts_bit_for_bit(policy_folder: Path)
 
 def test_an_evaluation_leaves_a_result_a_video_and_a_report(policy_folder: Path, tmp_path: Path) -> None:
     overrides = [f"policy={policy_folder}", f"output={tmp_path / 'eval'}", "eval.trials=4", "eval.videos=1"]
-    summary = evaluate.run(compose("eval", [*overrides, "workers.num_actors=2", "workers.envs_per_actor=2"]))
+    summary = evaluate.run(
+        compose("eval", [*overrides, "workers.num_actors=2", "workers.envs_per_actor=2", "workers.spare=false"])
+    )
     result = json.loads((tmp_path / "eval" / "evaluations" / "eval.json").read_text())
     assert result["trials"] == 4
     assert result["initial_states"] == [0, 1, 2, 3]

@@ -22,6 +22,8 @@ from rlvla.rollout import play
 # One environment: an evaluation takes long enough to be killed in.
 TOY = ["suite=toy", "workers.kind=local", "workers.num_actors=1", "workers.envs_per_actor=1"]
 PUSH = ["suite=push_cube", "suite.max_episode_steps=16", "workers.num_actors=2", "workers.envs_per_actor=2"]
+# Runs that live for seconds have no time to build one.
+PUSH += ["workers.spare=false"]
 TRAIN = [
     "episodes_per_iteration=8",
     "algo.critic_only_iterations=1",
