@@ -67,10 +67,10 @@ def main(argv: list[str] | None = None) -> None:
             return
         _run(verb, overrides)
     except KeyboardInterrupt:
-        from rlvla.run import RESUMABLE
-
-        _stop("interrupted." + (" The same command goes on with this run." if verb in RESUMABLE else ""), 130)
+        _stop_interrupted(verb)
     except Exception as error:
+        if _follows_an_interrupt(error):
+            _stop_interrupted(verb)
         if debug:
             raise
         _stop(_one_message(error), 2 if isinstance(error, ValueError | OSError) else 1)
@@ -160,6 +160,21 @@ def _one_message(error: Exception) -> str:
     if known:
         return text
     return f"{type(error).__name__}: {text}\nThis is a bug in rlvla. Run again with --debug and report the traceback."
+
+
+def _stop_interrupted(verb: str) -> None:
+    from rlvla.run import RESUMABLE
+
+    _stop("interrupted." + (" The same command goes on with this run." if verb in RESUMABLE else ""), 130)
+
+
+def _follows_an_interrupt(error: BaseException | None) -> bool:
+    """A library that is interrupted while it puts things in order may end with an error of its own: OmegaConf does."""
+    while error is not None:
+        if isinstance(error, KeyboardInterrupt):
+            return True
+        error = error.__cause__ or error.__context__
+    return False
 
 
 def _stop(message: str, status: int) -> None:
