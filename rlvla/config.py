@@ -696,6 +696,12 @@ class SFTConfig:
         _check_common(self)
         self.freeze = tuple(self.freeze)
         _check_rates(self.learning_rates, "learning_rates")
+        _require(
+            self.start is None or self.tokenizer is None,
+            "tokenizer",
+            self.tokenizer,
+            "null with start=: a policy brings its own",
+        )
         _require(self.sequence_length >= 0, "sequence_length", self.sequence_length, "0 (chunks) or more")
         _require(
             self.vision_language.dataset is None or (self.train_vlm and "vlm" not in self.freeze),

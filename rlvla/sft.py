@@ -168,7 +168,15 @@ def build_policy(config: SFTConfig, env_spec: EnvSpec, demonstrations: Demonstra
     if config.start is not None:
         before = load_policy(Path(config.start))
         policy = architecture(before.config.name).policy(before.config, env_spec, stats, before.tokenizer)
-        policy.load_state_dict(before.state_dict())
+        try:
+            policy.load_state_dict(before.state_dict())
+        except RuntimeError as error:
+            # Sizes that are the suite's and not the configuration's: of the state.
+            raise ConfigError(
+                f"start={config.start} was trained on a suite with {before.env_spec.state_size} state channels, and "
+                f"this one has {env_spec.state_size}. Choose a suite with as many, or a policy with "
+                "policy.use_state=false."
+            ) from error
         return policy
     # A student's tokens are compared with its teacher's one by one.
     source = config.tokenizer or config.twin_teacher

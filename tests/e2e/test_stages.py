@@ -180,3 +180,21 @@ def test_questions_learnt_beside_the_actions_are_not_forgotten_and_delta_says_so
 def test_questions_need_a_backbone_that_is_trained(dataset: Path) -> None:
     with pytest.raises(ConfigError, match=r"vision_language.dataset is .*null with train_vlm=false"):
         compose("sft", [f"dataset={dataset}", "vision_language.dataset=x.jsonl", "train_vlm=false"])
+
+
+def test_a_start_with_another_state_is_refused_with_both_sizes(
+    text_to_action: Path, demonstrations: Demonstrations
+) -> None:
+    spec = spec_of(demonstrations)
+    config = compose("sft", [*TOY, "dataset=none", f"start={text_to_action / 'policy'}"])
+    fewer = replace(spec, state_names=spec.state_names[:-1])
+    assert demonstrations.state is not None
+    narrow = replace(demonstrations, state=demonstrations.state[:, :-1])
+    said = f"with {spec.state_size} state channels, and this one has {fewer.state_size}"
+    with pytest.raises(ConfigError, match=said):
+        sft.build_policy(config, fewer, narrow)
+
+
+def test_a_start_brings_its_own_tokenizer() -> None:
+    with pytest.raises(ConfigError, match=r"tokenizer is elsewhere; it must be null with start="):
+        compose("sft", ["dataset=d", "start=p", "tokenizer=elsewhere"])
