@@ -134,10 +134,9 @@ class PolicyWithFlow(Policy):
         *,
         horizon: int,
         channels: int,
-        num_denoising_steps: int,
     ) -> None:
         super().__init__(config, env_spec, stats, tokenizer, horizon=horizon, channels=channels)
-        self.num_denoising_steps = num_denoising_steps
+        self.num_denoising_steps = int(config.num_denoising_steps)
 
     @abstractmethod
     def velocity(

@@ -132,7 +132,6 @@ class PrefixPolicy(PolicyWithFlow):
             tokenizer,
             horizon=sizes.horizon,
             channels=sizes.channels,
-            num_denoising_steps=config.num_denoising_steps,
         )
         if not config.store_prefix:
             # A context that would depend on what is always trained is not kept.

@@ -9,7 +9,8 @@ from jaxtyping import Bool, Float
 from tensordict import TensorDict
 from torch import Tensor
 
-from rlvla.policies.policy import Policy
+from rlvla.policies.action_stats import ActionStats
+from rlvla.policies.policy import Policy, check_sizes
 from rlvla.policies.processor import patchify
 from rlvla.policies.prompt import embodiment_prompt
 from rlvla_envs.base import Camera, EnvSpec, Observation
@@ -37,6 +38,36 @@ class PromptedPolicy(Policy):
     vlm: Any
     context_limit: int = 0
     """Longest context; 0 has no limit."""
+
+    def __init__(
+        self,
+        config: Any,
+        env_spec: EnvSpec,
+        stats: ActionStats,
+        tokenizer: Any,
+        *,
+        horizon: int,
+        channels: int,
+        part: str = "policy.expert",
+    ) -> None:
+        """Check that all fits, before a parameter is allocated.
+
+        Args:
+            part: where a user sets H and K.
+
+        Raises:
+            ValueError: as `check_sizes`.
+        """
+        check_sizes(
+            env_spec,
+            tokenizer,
+            horizon=horizon,
+            channels=channels,
+            vocab_size=config.vlm.vocab_size,
+            image_unit=2 * config.vlm.patch_size,
+            part=part,
+        )
+        super().__init__(config, env_spec, stats, tokenizer, horizon=horizon, channels=channels)
 
     def prompt(self, instruction: str) -> str:
         """The chat text of one observation, with one image token for each camera."""

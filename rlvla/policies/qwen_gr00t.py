@@ -18,7 +18,7 @@ from rlvla.policies.backbone import token_ids, widen_vision
 from rlvla.policies.base import Context
 from rlvla.policies.brain import BrainConfig, PromptConfig, build_brain, chat_texts
 from rlvla.policies.gr00t_head import Gr00tHead, Gr00tHeadConfig, step_buckets, time_buckets
-from rlvla.policies.policy import PolicyWithFlow, check_sizes
+from rlvla.policies.policy import PolicyWithFlow
 from rlvla.policies.prompted import PromptedPolicy, pool
 from rlvla_envs.base import EnvSpec
 
@@ -59,24 +59,7 @@ class Gr00tPolicy(PromptedPolicy, PolicyWithFlow):
         self, config: Any, env_spec: EnvSpec, stats: ActionStats, tokenizer: Any, *, head_reads_state: bool
     ) -> None:
         horizon, channels = config.expert.horizon, config.expert.channels
-        check_sizes(
-            env_spec,
-            tokenizer,
-            horizon=horizon,
-            channels=channels,
-            vocab_size=config.vlm.vocab_size,
-            image_unit=2 * config.vlm.patch_size,
-            part="policy.expert",
-        )
-        super().__init__(
-            config,
-            env_spec,
-            stats,
-            tokenizer,
-            horizon=horizon,
-            channels=channels,
-            num_denoising_steps=config.num_denoising_steps,
-        )
+        super().__init__(config, env_spec, stats, tokenizer, horizon=horizon, channels=channels)
         self.context_limit = config.expert.context_positions
         self.vlm: Any = build_brain(config.vlm, token_ids(tokenizer))
         state_size = env_spec.state_size if head_reads_state else 0

@@ -17,7 +17,7 @@ from rlvla.policies.architectures import check_name
 from rlvla.policies.backbone import VLMConfig, token_ids, vlm_config, widen_vision
 from rlvla.policies.base import Context
 from rlvla.policies.expert import Expert, ExpertConfig
-from rlvla.policies.policy import PolicyWithFlow, check_sizes
+from rlvla.policies.policy import PolicyWithFlow
 from rlvla.policies.prompted import PromptedPolicy, pool
 from rlvla_envs.base import EnvSpec
 
@@ -51,24 +51,7 @@ class QwenVLA(PromptedPolicy, PolicyWithFlow):
         from transformers import Qwen3_5Model
 
         horizon, channels = config.expert.horizon, config.expert.channels
-        check_sizes(
-            env_spec,
-            tokenizer,
-            horizon=horizon,
-            channels=channels,
-            vocab_size=config.vlm.vocab_size,
-            image_unit=2 * config.vlm.patch_size,
-            part="policy.expert",
-        )
-        super().__init__(
-            config,
-            env_spec,
-            stats,
-            tokenizer,
-            horizon=horizon,
-            channels=channels,
-            num_denoising_steps=config.num_denoising_steps,
-        )
+        super().__init__(config, env_spec, stats, tokenizer, horizon=horizon, channels=channels)
         self.context_limit = config.expert.context_positions
         self.vlm: Any = Qwen3_5Model(vlm_config(config.vlm, token_ids(tokenizer)))
         state_size = env_spec.state_size if config.use_state else 0

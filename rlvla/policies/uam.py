@@ -24,7 +24,7 @@ from rlvla.policies.backbone import token_ids, widen_vision
 from rlvla.policies.base import Context
 from rlvla.policies.expert import FLOW_TIME_FEATURES, flow_time_features
 from rlvla.policies.latents import IMAGE_TOKENIZERS, LatentConfig
-from rlvla.policies.policy import PolicyWithFlow, check_sizes
+from rlvla.policies.policy import PolicyWithFlow
 from rlvla.policies.prompted import PromptedPolicy, pool
 from rlvla_algos.flow_matching import interpolate
 from rlvla_envs.base import EnvSpec
@@ -212,27 +212,10 @@ class UAM(PromptedPolicy, PolicyWithFlow):
         from rlvla.policies import joint
 
         horizon, channels = config.expert.horizon, config.expert.channels
-        check_sizes(
-            env_spec,
-            tokenizer,
-            horizon=horizon,
-            channels=channels,
-            vocab_size=config.vlm.vocab_size,
-            image_unit=2 * config.vlm.patch_size,
-            part="policy.expert",
-        )
+        super().__init__(config, env_spec, stats, tokenizer, horizon=horizon, channels=channels)
         self.has_dorsal = config.dorsal.init is not DorsalInit.none
         if self.has_dorsal:
             _check_latents(config.latents, env_spec)
-        super().__init__(
-            config,
-            env_spec,
-            stats,
-            tokenizer,
-            horizon=horizon,
-            channels=channels,
-            num_denoising_steps=config.num_denoising_steps,
-        )
         self.vlm: Any = joint.semantic_expert(semantic_config(config.vlm, token_ids(tokenizer)))
         text, width = self.vlm.config.text_config, config.vlm.hidden_size
         self.dorsal: DorsalExpert | None = None

@@ -18,7 +18,7 @@ from rlvla.policies.action_stats import ActionStats
 from rlvla.policies.architectures import check_name
 from rlvla.policies.backbone import VLMConfig, token_ids, vlm_config, widen_vision
 from rlvla.policies.base import Context
-from rlvla.policies.policy import PolicyWithDistribution, check_sizes
+from rlvla.policies.policy import PolicyWithDistribution
 from rlvla.policies.prompted import PromptedPolicy, pool
 from rlvla_algos.distribution import NormalBernoulli, imitation_loss
 from rlvla_envs.base import EnvSpec
@@ -70,16 +70,7 @@ class VLM4VLA(PromptedPolicy, PolicyWithDistribution):
 
         horizon, channels = env_spec.chunk_size, env_spec.action_size
         binary = torch.from_numpy(binary_channels(env_spec, config.gripper))
-        check_sizes(
-            env_spec,
-            tokenizer,
-            horizon=horizon,
-            channels=channels,
-            vocab_size=config.vlm.vocab_size,
-            image_unit=2 * config.vlm.patch_size,
-            part="policy",
-        )
-        super().__init__(config, env_spec, stats, tokenizer, horizon=horizon, channels=channels)
+        super().__init__(config, env_spec, stats, tokenizer, horizon=horizon, channels=channels, part="policy")
         self._binary: Tensor
         self.register_buffer("_binary", binary, persistent=False)
         self.vlm: Any = Qwen3_5Model(vlm_config(config.vlm, token_ids(tokenizer)))
