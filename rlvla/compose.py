@@ -26,7 +26,7 @@ from rlvla.config import (
     SuitesConfig,
     TrainConfig,
 )
-from rlvla.tune_config import TuneConfig
+from rlvla.config.tune import TuneConfig
 from rlvla.words import ACROSS_SUITES, read_words
 from rlvla_envs.base import SuiteConfig
 

@@ -20,11 +20,11 @@ from typing import Any, Self
 
 from rlvla import tune_space as spaces
 from rlvla.config import ConfigError, EvalConfig, TrainConfig, WorkerKind
+from rlvla.config.tune import Sampler, TuneConfig
 from rlvla.report import write_report
 from rlvla.run import Run, check_output, pick_device
 from rlvla.svg import number as short
 from rlvla.svg import percent
-from rlvla.tune_config import Sampler, TuneConfig
 from rlvla.tune_halving import every, goes_on, rung_iterations, step_of
 from rlvla.tune_process import TrialProcess, end_all, read_checkups, read_env_steps, read_result
 from rlvla.tune_report import StudyView, best_of, write_best, write_study_report

@@ -7,6 +7,7 @@ from html import escape
 from pathlib import Path
 
 from rlvla.compose import to_yaml
+from rlvla.config.tune import TuneConfig
 from rlvla.report_page import PAGE_CSS, html_figure, html_missing, html_section, html_table
 from rlvla.svg import (
     CHART_CSS,
@@ -20,7 +21,6 @@ from rlvla.svg import (
     parallel_coordinates,
     percent,
 )
-from rlvla.tune_config import TuneConfig
 from rlvla.tune_space import Choices, Range, Space, Value, words
 from rlvla.tune_study import TrialRecord, importances
 from rlvla_algos.statistics import wilson_interval

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from rlvla.config import ConfigError
-from rlvla.tune_config import Sampler
+from rlvla.config.tune import Sampler
 from rlvla.tune_space import Choices, Space, Value, fitted
 
 if TYPE_CHECKING:

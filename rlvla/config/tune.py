@@ -3,7 +3,8 @@
 from dataclasses import dataclass, field
 from enum import Enum
 
-from rlvla.config import TrainConfig, _require
+from rlvla.config.checks import require
+from rlvla.config.train import TrainConfig
 
 
 class Sampler(Enum):
@@ -52,13 +53,13 @@ class SearchConfig:
 
     def __post_init__(self) -> None:
         for name in ("trials", "seeds", "give_up_after"):
-            _require(getattr(self, name) >= 1, f"tune.{name}", getattr(self, name), "at least 1")
+            require(getattr(self, name) >= 1, f"tune.{name}", getattr(self, name), "at least 1")
         for name in ("parallel", "rungs"):
-            _require(getattr(self, name) >= 0, f"tune.{name}", getattr(self, name), "0 or more")
-        _require(self.halving >= 2, "tune.halving", self.halving, "at least 2")
-        _require(0 < self.confidence < 1, "tune.confidence", self.confidence, "in (0, 1). Usual: 0.95")
-        _require(self.budget is None or self.budget > 0, "tune.budget", self.budget, "positive, or null")
-        _require(self.grace_s > 0, "tune.grace_s", self.grace_s, "positive")
+            require(getattr(self, name) >= 0, f"tune.{name}", getattr(self, name), "0 or more")
+        require(self.halving >= 2, "tune.halving", self.halving, "at least 2")
+        require(0 < self.confidence < 1, "tune.confidence", self.confidence, "in (0, 1). Usual: 0.95")
+        require(self.budget is None or self.budget > 0, "tune.budget", self.budget, "positive, or null")
+        require(self.grace_s > 0, "tune.grace_s", self.grace_s, "positive")
 
 
 @dataclass(kw_only=True)

@@ -15,7 +15,7 @@ import pytest
 
 from rlvla import collect, sft
 from rlvla.compose import compose
-from rlvla.tune_config import Sampler
+from rlvla.config.tune import Sampler
 from rlvla.tune_space import parse_space
 from rlvla.tune_study import Study, TrialRecord
 

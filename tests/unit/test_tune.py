@@ -15,7 +15,7 @@ import yaml
 from rlvla import tune, tune_space
 from rlvla.compose import compose, config_dir
 from rlvla.config import ConfigError, Reduction
-from rlvla.tune_config import Sampler, TuneConfig
+from rlvla.config.tune import Sampler, TuneConfig
 from rlvla.tune_halving import every, goes_on, rung_iterations, step_of
 from rlvla.tune_process import read_checkups, read_env_steps
 from rlvla.tune_report import StudyView, best_of, comparable, render, write_best

@@ -1,0 +1,61 @@
+"""Every option of every verb: its name, type, default, meaning and limits. YAML under configs/ holds values only."""
+
+from rlvla.config.algo import AlgoConfig, Discount, Distance, LoraConfig, LRSchedule, Reduction, TeacherConfig
+from rlvla.config.checks import MISSING, ConfigError, check_common, check_rates, require
+from rlvla.config.evaluation import (
+    CompareConfig,
+    EvaluateConfig,
+    EvaluateSuitesConfig,
+    ForgettingConfig,
+    SuitesAction,
+    SuitesConfig,
+)
+from rlvla.config.formats import ExportConfig, ImportConfig
+from rlvla.config.machines import (
+    ClusterConfig,
+    LearnerBackend,
+    LearnersConfig,
+    LearnerStrategy,
+    WorkerKind,
+    WorkersConfig,
+)
+from rlvla.config.sft import CollectConfig, FlowTime, SFTConfig, VisionLanguageConfig
+from rlvla.config.train import DoctorConfig, EvalConfig, Schedule, TaskMix, TrainConfig
+
+__all__ = [
+    "MISSING",
+    "AlgoConfig",
+    "ClusterConfig",
+    "CollectConfig",
+    "CompareConfig",
+    "ConfigError",
+    "Discount",
+    "Distance",
+    "DoctorConfig",
+    "EvalConfig",
+    "EvaluateConfig",
+    "EvaluateSuitesConfig",
+    "ExportConfig",
+    "FlowTime",
+    "ForgettingConfig",
+    "ImportConfig",
+    "LRSchedule",
+    "LearnerBackend",
+    "LearnerStrategy",
+    "LearnersConfig",
+    "LoraConfig",
+    "Reduction",
+    "SFTConfig",
+    "Schedule",
+    "SuitesAction",
+    "SuitesConfig",
+    "TaskMix",
+    "TeacherConfig",
+    "TrainConfig",
+    "VisionLanguageConfig",
+    "WorkerKind",
+    "WorkersConfig",
+    "check_common",
+    "check_rates",
+    "require",
+]

@@ -1,0 +1,50 @@
+"""`rlvla import` and `rlvla export`."""
+
+from dataclasses import dataclass, field
+
+from rlvla.config.checks import MISSING, require
+from rlvla_envs.base import SuiteConfig
+
+
+@dataclass(kw_only=True)
+class ImportConfig:
+    """`rlvla import FORMAT CHECKPOINT`: a checkpoint of another project as a policy folder."""
+
+    format: str = MISSING
+    """Whose checkpoint it is: lerobot or openpi. May stand as the first word after the verb."""
+    checkpoint: str = MISSING
+    """Its folder. May stand as the second word."""
+    output: str = MISSING
+    """Policy folder to write; must not exist yet."""
+    suite: SuiteConfig = field(default_factory=SuiteConfig)
+    """The conventions of actions, state and cameras, which a checkpoint does not carry: those of a suite."""
+    cameras: dict[str, str] = field(default_factory=dict)
+    """Which of the checkpoint's images each of the suite's cameras is, where names differ: cameras.front=base_0_rgb."""
+    tokenizer: str | None = None
+    """Folder with the VLM's tokenizer files, where the checkpoint has none."""
+    statistics: str | None = None
+    """Normalisation statistics, where the checkpoint has none: a LeRobot dataset's meta/stats.json or openpi's
+    norm_stats.json."""
+    horizon: int | None = None
+    """Actions in a chunk, where the checkpoint does not say: an openpi checkpoint without config.json."""
+    num_denoising_steps: int | None = None
+    """Euler steps from noise to action; null takes the checkpoint's own. PPO needs 2."""
+    noise_at: float | None = None
+    """Flow time at which a sample is noise in the checkpoint, if you know it: 1 or 0. It is compared with the format's
+    convention; null trusts that."""
+
+    def __post_init__(self) -> None:
+        for name in ("horizon", "num_denoising_steps"):
+            value = getattr(self, name)
+            require(value is None or value >= 1, name, value, "at least 1, or null")
+        require(self.noise_at in (None, 0, 1), "noise_at", self.noise_at, "1, 0 or null")
+
+
+@dataclass(kw_only=True)
+class ExportConfig:
+    """`rlvla export POLICY`: an imported policy back in the format it came from."""
+
+    policy: str = MISSING
+    """Policy folder that `rlvla import` wrote, or `rlvla train` from such a one. May stand as the first word."""
+    output: str = MISSING
+    """Checkpoint folder to write; must not exist yet."""
