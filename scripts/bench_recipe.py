@@ -1,6 +1,6 @@
 """Seeds of the PPO stage of a recipe -> its page under docs/benchmarks, with the learning curve.
 
-    .venv/bin/python scripts/bench_recipe.py [--recipe push_cube] [--seeds 0 1 2] [--no-run]
+    .venv/bin/python scripts/bench_recipe.py [--recipe push_cube] [--policy NAME] [--seeds 0 1 2] [--no-run]
 
 Runs scripts/make_train.py for each seed that has no result yet (data and SFT checkpoint are shared), so it can be
 stopped and started again; --no-run only renders what is there. The last line on stdout is one JSON object.
@@ -16,7 +16,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import yaml
+from make_train import label, settings_of
 
 from rlvla.evaluate import Evaluation, compare
 from rlvla.report_page import PAGE_CSS
@@ -33,40 +33,44 @@ BLOCK = 4
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--recipe", default="push_cube")
-    parser.add_argument("--output", type=Path, help="folder of the recipe's runs; runs/RECIPE if absent")
+    parser.add_argument("--policy", help="a file of configs/policy instead of the recipe's")
+    parser.add_argument("--output", type=Path, help="folder of the recipe's runs; runs/RECIPE[-POLICY] if absent")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--no-run", action="store_true", help="render what is there")
     arguments = parser.parse_args()
-    output: Path = arguments.output or ROOT / "runs" / arguments.recipe
+    name = label(arguments.recipe, arguments.policy)
+    output: Path = arguments.output or ROOT / "runs" / name
     if not arguments.no_run:
         for seed in arguments.seeds:
             command = [sys.executable, str(ROOT / "scripts" / "make_train.py"), "--recipe", arguments.recipe]
             command += ["--seed", str(seed), "--output", str(output)]
+            command += ["--policy", arguments.policy] if arguments.policy else []
             subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
     folders = {seed: output / f"ppo-seed{seed}" for seed in arguments.seeds}
     runs = {seed: read_run(folder) for seed, folder in folders.items() if (folder / "summary.json").exists()}
     if not runs:
         sys.exit(f"no finished PPO stage under {output}; run without --no-run.")
-    page = PAGES / f"{arguments.recipe}.md"
-    page.write_text(render(arguments.recipe, output, runs))
+    page = PAGES / f"{name}.md"
+    page.write_text(render(arguments.recipe, arguments.policy, output, runs))
     page.with_suffix(".svg").write_text(curve(runs))
     print(json.dumps({str(seed): run.summary for seed, run in runs.items()}))
 
 
-def render(recipe: str, output: Path, runs: dict[int, RunFolder]) -> str:
+def render(recipe: str, policy: str | None, output: Path, runs: dict[int, RunFolder]) -> str:
     first = next(iter(runs.values()))
     minutes = json.loads((output / "minutes.json").read_text())
     v = {key: first.versions.get(key, "?") for key in ("cpu", "python", "torch", "mani_skill", "git_commit")}
-    settings = yaml.safe_load((ROOT / "configs" / "recipe" / f"{recipe}.yaml").read_text())
-    commands = "\n".join(f"rlvla {verb} {shlex.join(values)}" for verb, values in settings.items())
+    commands = "\n".join(f"rlvla {verb} {shlex.join(words)}" for verb, words in settings_of(recipe, policy).items())
+    replaced = f" with policy={policy}" if policy else ""
     comparisons = {seed: run.comparison for seed, run in runs.items()}
     parts = [
-        f"# Measured: the recipe {recipe}\n\n<!-- Written by scripts/bench_recipe.py. -->\n",
+        f"# Measured: the recipe {recipe}{replaced}\n\n<!-- Written by scripts/bench_recipe.py. -->\n",
         f"{len(runs)} seed{'s' if len(runs) > 1 else ''} of the PPO stage from one SFT checkpoint, on {v['cpu']},\n"
         f"device={first.setting('device')}, Python {v['python']}, "
         f"torch {v['torch']}, mani-skill {v['mani_skill']}, rlvla {v['git_commit']}.\n"
         "Minutes are wall-clock; other jobs may have shared the cores.\n",
-        f"```\nscripts/bench_recipe.py --recipe {recipe} --seeds {' '.join(map(str, runs))}\n```\n",
+        f"```\nscripts/bench_recipe.py --recipe {recipe}{f' --policy {policy}' if policy else ''} "
+        f"--seeds {' '.join(map(str, runs))}\n```\n",
         f"makes it all and writes this page. The verbs and their settings (`configs/recipe/{recipe}.yaml`):\n",
         f"```\n{commands}\n```\n",
         f"Collecting took {minutes.get('collect', 0):.1f} minutes, SFT {minutes.get('sft', 0):.1f}.\n"
@@ -91,7 +95,7 @@ def render(recipe: str, output: Path, runs: dict[int, RunFolder]) -> str:
         *(f"* {note}" for note in notes(first)),
         "Rollout success (stochastic sampler, training states) against environment steps, means over "
         f"{BLOCK} iterations:\n",
-        f"![Rollout success against environment steps]({recipe}.svg)\n",
+        f"![Rollout success against environment steps]({label(recipe, policy)}.svg)\n",
         table(
             ("seed", "environment steps: success"),
             [(str(seed), ", ".join(f"{x / 1000:.0f}k: {y:.2f}" for x, y in blocks(run))) for seed, run in runs.items()],
