@@ -1,5 +1,6 @@
 """`rlvla VERB [key=value ...]`: one verb a job. Nothing heavy is imported before the verb is known."""
 
+import signal
 import sys
 from typing import Any
 
@@ -42,7 +43,8 @@ EXAMPLES = """examples:
 
 
 def main(argv: list[str] | None = None) -> None:
-    """Run a verb; exit 2 for what a user can correct, 1 for what broke or does not work here, 130 for Ctrl-C."""
+    """Run a verb; exit 2 for what a user can correct, 1 for what broke or does not work here, 130 for Ctrl-C,
+    143 for SIGTERM."""
     arguments = list(sys.argv[1:] if argv is None else argv)
     debug = "--debug" in arguments
     arguments = [a for a in arguments if a != "--debug"]
@@ -61,19 +63,22 @@ def main(argv: list[str] | None = None) -> None:
         close = difflib.get_close_matches(verb, VERBS, n=1)
         hint = f" Did you mean {close[0]!r}?" if close else ""
         _stop(f"unknown verb {verb!r}.{hint} Verbs: {', '.join(VERBS)}.", 2)
+    before = signal.signal(signal.SIGTERM, _terminate)
     try:
         if "-h" in overrides or "--help" in overrides:
             print(_verb_help(verb, [o for o in overrides if o not in ("-h", "--help")]))
             return
         _run(verb, overrides)
-    except KeyboardInterrupt:
-        _stop_interrupted(verb)
+    except KeyboardInterrupt as interrupt:
+        _stop_interrupted(verb, interrupt)
     except Exception as error:
-        if _follows_an_interrupt(error):
-            _stop_interrupted(verb)
+        if (interrupt := _interrupt_behind(error)) is not None:
+            _stop_interrupted(verb, interrupt)
         if debug:
             raise
         _stop(_one_message(error), 2 if isinstance(error, ValueError | OSError) else 1)
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 def _run(verb: str, overrides: list[str]) -> None:
@@ -162,19 +167,30 @@ def _one_message(error: Exception) -> str:
     return f"{type(error).__name__}: {text}\nThis is a bug in rlvla. Run again with --debug and report the traceback."
 
 
-def _stop_interrupted(verb: str) -> None:
+class Terminated(KeyboardInterrupt):
+    """SIGTERM, which a scheduler sends before it kills: the same way out as Ctrl-C."""
+
+
+def _terminate(number: int, frame: object) -> None:
+    # Once: what is put in order meanwhile is not interrupted by an impatient sender.
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    raise Terminated
+
+
+def _stop_interrupted(verb: str, interrupt: KeyboardInterrupt) -> None:
     from rlvla.run import RESUMABLE
 
-    _stop("interrupted." + (" The same command goes on with this run." if verb in RESUMABLE else ""), 130)
+    what, status = ("terminated", 143) if isinstance(interrupt, Terminated) else ("interrupted", 130)
+    _stop(f"{what}." + (" The same command goes on with this run." if verb in RESUMABLE else ""), status)
 
 
-def _follows_an_interrupt(error: BaseException | None) -> bool:
+def _interrupt_behind(error: BaseException | None) -> KeyboardInterrupt | None:
     """A library that is interrupted while it puts things in order may end with an error of its own: OmegaConf does."""
     while error is not None:
         if isinstance(error, KeyboardInterrupt):
-            return True
+            return error
         error = error.__cause__ or error.__context__
-    return False
+    return None
 
 
 def _stop(message: str, status: int) -> None:

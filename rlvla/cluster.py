@@ -3,9 +3,13 @@
 import logging
 import os
 import secrets
+import signal
 import socket
 import subprocess
 import sys
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, cast
 
@@ -52,18 +56,20 @@ def connect(config: ClusterConfig, num_actors: int) -> Any:
 
     quiet: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.ERROR}
     if config.address is None:
-        ray.init(
-            # Without it Ray joins whatever cluster it finds on the machine.
-            address="local",
-            num_cpus=max(num_actors, os.cpu_count() or 1),
-            include_dashboard=False,
-            object_store_memory=OBJECT_STORE_BYTES,
-            **quiet,
-        )
+        with _our_own_sigterm():
+            ray.init(
+                # Without it Ray joins whatever cluster it finds on the machine.
+                address="local",
+                num_cpus=max(num_actors, os.cpu_count() or 1),
+                include_dashboard=False,
+                object_store_memory=OBJECT_STORE_BYTES,
+                **quiet,
+            )
         _end_agents_with_this_process()
         return cast(Any, ray)
     try:
-        ray.init(address=config.address, **quiet)
+        with _our_own_sigterm():
+            ray.init(address=config.address, **quiet)
     except (ConnectionError, RuntimeError) as error:
         raise ConfigError(
             f"cannot join the Ray cluster at {config.address}: {_first_line(error)}. cluster.address is host:port of "
@@ -71,6 +77,17 @@ def connect(config: ClusterConfig, num_actors: int) -> Any:
             "choose another with cluster.token_file."
         ) from error
     return cast(Any, ray)
+
+
+@contextmanager
+def _our_own_sigterm() -> Iterator[None]:
+    """Ray puts a handler of its own in ours' place, under which a driver ends with SIGABRT."""
+    before = signal.getsignal(signal.SIGTERM)
+    try:
+        yield
+    finally:
+        if threading.current_thread() is threading.main_thread():
+            signal.signal(signal.SIGTERM, before)
 
 
 _watchers: list["subprocess.Popen[bytes]"] = []

@@ -136,25 +136,27 @@ def finish(command: list[str], run: Path) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("whole_group", [pytest.param(False, id="driver"), pytest.param(True, id="terminal")])
-def test_after_ctrl_c_nothing_is_left_and_the_run_goes_on_to_an_end_after_which_nothing_is_left(
-    policy: Path, tmp_path: Path, whole_group: bool
+@pytest.mark.parametrize("sender", ["driver", "terminal", "scheduler"])
+def test_after_ctrl_c_or_a_schedulers_sigterm_nothing_is_left_and_the_run_goes_on_to_an_end_after_which_nothing_is_left(
+    policy: Path, tmp_path: Path, sender: str
 ) -> None:
     run = tmp_path / "run"
     command = ["train", *TOY, *TRAIN, f"policy={policy}", f"output={run}"]
     first = Started(*command)
     try:
         first.wait_until_it_works(run, 2)
-        # A terminal interrupts everybody in the group, a script the one process it knows.
-        (os.killpg if whole_group else os.kill)(first.process.pid, signal.SIGINT)
+        # A terminal interrupts everybody in the group, a script or a scheduler the one process it knows.
+        end = os.killpg if sender == "terminal" else os.kill
+        end(first.process.pid, signal.SIGTERM if sender == "scheduler" else signal.SIGINT)
         status, said = first.end()
         first.require_nothing_left()
     finally:
         first.clean_up()
-    assert status == 130, said
+    assert status == (143 if sender == "scheduler" else 130), said
     assert "Traceback" not in said
-    assert said.rstrip().endswith("rlvla: interrupted. The same command goes on with this run.")
-    if whole_group:
+    what = "terminated" if sender == "scheduler" else "interrupted"
+    assert said.rstrip().endswith(f"rlvla: {what}. The same command goes on with this run.")
+    if sender == "terminal":
         finish(command, run)
 
 
