@@ -72,8 +72,8 @@ def main(argv: list[str] | None = None) -> None:
     except KeyboardInterrupt as interrupt:
         _stop_interrupted(verb, interrupt)
     except Exception as error:
-        if (interrupt := _interrupt_behind(error)) is not None:
-            _stop_interrupted(verb, interrupt)
+        if (cause := _interrupt_behind(error)) is not None:
+            _stop_interrupted(verb, cause)
         if debug:
             raise
         _stop(_one_message(error), 2 if isinstance(error, ValueError | OSError) else 1)
