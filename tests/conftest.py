@@ -1,6 +1,7 @@
 """What several test files share: small policies, the toy world, and whether this machine can render."""
 
 import os
+import signal
 import subprocess
 import sys
 from collections.abc import Callable
@@ -27,6 +28,11 @@ if SIMPLER_ASSETS.is_dir():
 # A test must not depend on a lucky draw or on a busy machine.
 settings.register_profile("rlvla", max_examples=25, derandomize=True, deadline=None, database=None)
 settings.load_profile("rlvla")
+
+
+# A script's background jobs ignore Ctrl-C, and so would every run that a test starts and interrupts.
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @pytest.hookimpl(trylast=True)  # after -m and -k: who deselects them need not wait for a renderer

@@ -1,0 +1,150 @@
+"""What tests need that start `rlvla` in a process, kill it and compare what two runs left."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from rlvla import collect, sft
+from rlvla.compose import compose
+
+# One environment: an evaluation takes long enough to be killed in.
+TOY = ["suite=toy", "workers.kind=local", "workers.num_actors=1", "workers.envs_per_actor=1"]
+TRAIN = [
+    "episodes_per_iteration=8",
+    "algo.critic_only_iterations=1",
+    "algo.min_successes=0",
+    "algo.epochs=2",
+    "eval.trials=12",
+    "eval.videos=0",
+    "eval.every=2",
+]
+UNTIMED = ("minutes", "time/", "speed/")
+
+
+def make_policy(root: Path, suite: list[str], *settings: str) -> Path:
+    whole = [setting for setting in suite if "max_episode_steps" not in setting]
+    collect.run(compose("collect", [*whole, f"output={root / 'data'}", "episodes=4"]))
+    chosen = [s for s in suite if s.startswith("suite")]
+    sft.run(compose("sft", [*chosen, *settings, f"dataset={root / 'data'}", f"output={root / 'sft'}"]))
+    return root / "sft" / "policy"
+
+
+def start(verb: str, settings: list[str]) -> "subprocess.Popen[str]":
+    return subprocess.Popen(
+        [sys.executable, "-m", "rlvla.cli", verb, *settings],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+    )
+
+
+def finish(verb: str, settings: list[str]) -> str:
+    """Run to the end; what it said on stderr."""
+    process = start(verb, settings)
+    _, said = process.communicate(timeout=300)
+    assert process.returncode == 0, said
+    return said
+
+
+def kill_when(condition: Callable[[], bool], verb: str, settings: list[str]) -> None:
+    """SIGKILL the whole process group at the moment the condition holds."""
+    process = start(verb, settings)
+    try:
+        until = time.monotonic() + 300
+        while not condition():
+            assert process.poll() is None, process.communicate()[1]
+            assert time.monotonic() < until
+            time.sleep(0.01)
+    finally:
+        with suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
+        process.communicate()
+
+
+def rows(run: Path) -> list[dict[str, Any]]:
+    """What was logged, without what a clock says."""
+    lines = (run / "metrics.jsonl").read_text().splitlines() if (run / "metrics.jsonl").exists() else []
+    return [{k: v for k, v in json.loads(line).items() if not k.startswith(UNTIMED)} for line in lines]
+
+
+def leaves(tree: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
+    if isinstance(tree, dict | list):
+        for key, value in tree.items() if isinstance(tree, dict) else enumerate(tree):
+            yield from leaves(value, f"{prefix}/{key}")
+    else:
+        yield prefix, tree
+
+
+def assert_same_run(one: Path, other: Path) -> None:
+    assert rows(one) == rows(other)
+    newest = "checkpoints/iteration-0006"
+    assert {p.name for p in (one / "checkpoints").iterdir()} == {p.name for p in (other / "checkpoints").iterdir()}
+    files = ["policy/model.safetensors", f"{newest}/policy/model.safetensors"]
+    files += [str(path.relative_to(one)) for path in one.glob("policy/adapter*")]
+    for file in files:
+        assert (one / file).read_bytes() == (other / file).read_bytes(), f"{file} differs"
+    learners = [dict(leaves(torch.load(run / newest / "learner.pt", weights_only=True))) for run in (one, other)]
+    assert learners[0].keys() == learners[1].keys()
+    assert len(learners[0]) > 20
+    for key, value in learners[0].items():
+        same = torch.equal(value, learners[1][key]) if isinstance(value, torch.Tensor) else value == learners[1][key]
+        assert same, f"{key} of the learner differs"
+    for name in ("before", "after", "after-shuffled"):
+        results = [json.loads((run / "evaluations" / f"{name}.json").read_text()) for run in (one, other)]
+        assert results[0] == results[1]
+
+
+def assert_kills_leave_no_trace(
+    root: Path, common: list[str], *, moments: tuple[str, ...], undisturbed: str = "sync", schedule: str = "sync"
+) -> None:
+    """A run of six iterations, once straight and once killed at each moment and continued: the same bits.
+
+    Args:
+        moments: of before, iteration, checkpoint and after.
+        undisturbed: schedule of the straight run.
+        schedule: that of the one that is killed.
+    """
+    straight, killed = root / "straight", root / "killed"
+    finish("train", [*common, f"output={straight}", f"schedule={undisturbed}"])
+    common = [*common, f"output={killed}", f"schedule={schedule}"]
+
+    def before_is_half_done() -> bool:
+        log = killed / "evaluations" / "before.episodes.jsonl"
+        return log.exists() and log.read_text().count("\n") >= 2
+
+    def iterations_done(number: int) -> bool:
+        return sum(row["kind"] == "iteration" for row in rows_so_far(killed)) >= number
+
+    def learner_is_being_written() -> bool:
+        written = any((killed / "checkpoints").glob(".stage-*/policy")) and iterations_done(4)
+        # It is over in milliseconds: who misses it kills a little later.
+        return written or iterations_done(5)
+
+    at: dict[str, Callable[[], bool]] = {
+        "before": before_is_half_done,
+        "iteration": lambda: iterations_done(2),
+        "checkpoint": learner_is_being_written,
+        "after": lambda: (killed / "evaluations" / "after.json").exists(),
+    }
+    for moment in moments:
+        kill_when(at[moment], "train", common)
+    said = finish("train", [*common, "workers.envs_per_actor=2"])
+    assert "going on after iteration" in said
+    assert_same_run(straight, killed)
+    assert not any((killed / "checkpoints").glob(".*"))
+
+
+def rows_so_far(run: Path) -> list[dict[str, Any]]:
+    lines = (run / "metrics.jsonl").read_text().splitlines() if (run / "metrics.jsonl").exists() else []
+    whole = [line for line in lines if line.endswith("}")]
+    return [json.loads(line) for line in whole]
