@@ -183,7 +183,7 @@ class PromptedPolicy(Policy):
         names: tuple[str, ...] = getattr(self.config, "cameras", ())
         return names
 
-    def _grid(self, camera: Camera) -> tuple[int, int]:
+    def _patch_grid(self, camera: Camera) -> tuple[int, int]:
         """Rows and columns of patches that the backbone reads of a camera."""
         patch = self.config.vlm.patch_size
         if self.image_sizes:
@@ -200,7 +200,7 @@ class PromptedPolicy(Policy):
             pieces = text.split(IMAGE)
             # All cameras have one size, so their order means nothing here.
             cameras = self.env_spec.cameras if len(pieces) > 1 else ()
-            grids = [self._grid(camera) for camera in cameras]
+            grids = [self._patch_grid(camera) for camera in cameras]
             filled = pieces[0]
             for (rows, columns), piece in zip(grids, pieces[1:], strict=True):
                 filled += IMAGE * ((rows // 2) * (columns // 2)) + piece
