@@ -13,7 +13,7 @@ VERBS = {
     "forgetting": "measure what a policy's language model has lost, on questions of yours",
     "compare": "say what one policy gained and lost against another, suite by suite, with exact tests",
     "suites": "list the suites and what each lacks on this machine",
-    "import": "turn a checkpoint of LeRobot or openpi into a policy folder",
+    "import": "turn a checkpoint of LeRobot, openpi or starVLA into a policy folder",
     "export": "write an imported policy back in the format it came from",
     "doctor": "say what works on this machine, how to cure the rest, and what memory a run takes",
 }

@@ -11,9 +11,10 @@ class ImportConfig:
     """`rlvla import FORMAT CHECKPOINT`: a checkpoint of another project as a policy folder."""
 
     format: str = MISSING
-    """Whose checkpoint it is: lerobot or openpi. May stand as the first word after the verb."""
+    """Whose checkpoint it is: lerobot, openpi or starvla. May stand as the first word after the verb."""
     checkpoint: str = MISSING
-    """Its folder. May stand as the second word."""
+    """Its folder; of starVLA, a run's folder, or the file in its checkpoints/ that is meant. May stand as the second
+    word."""
     output: str = MISSING
     """Policy folder to write; must not exist yet."""
     suite: SuiteConfig = field(default_factory=SuiteConfig)
@@ -21,10 +22,21 @@ class ImportConfig:
     cameras: dict[str, str] = field(default_factory=dict)
     """Which of the checkpoint's images each of the suite's cameras is, where names differ: cameras.front=base_0_rgb."""
     tokenizer: str | None = None
-    """Folder with the VLM's tokenizer files, where the checkpoint has none."""
+    """Folder with the VLM's tokenizer files, where the checkpoint has none; for starVLA, the base VLM's folder, with
+    config.json and preprocessor_config.json."""
     statistics: str | None = None
     """Normalisation statistics, where the checkpoint has none: a LeRobot dataset's meta/stats.json or openpi's
-    norm_stats.json."""
+    norm_stats.json, or starVLA's dataset_statistics.json."""
+    robot: str | None = None
+    """starVLA: whose entry of dataset_statistics.json, where it has several, for example oxe_bridge."""
+    normalization: list[str] = field(default_factory=list)
+    """starVLA: how each action channel was normalised, for a robot that rlvla's table does not have: q99, min_max,
+    mean_std, binary or none, one for all channels or one for each."""
+    state_normalization: list[str] = field(default_factory=list)
+    """starVLA: the same for the state, where the checkpoint reads it; not binary."""
+    self_attention: bool | None = None
+    """starVLA's QwenPI: whether every second block of the head attends to its own sequence (true) or to the VLM like
+    the others (false), where config.yaml has no use_canonical_forward and interleave_self_attention is true."""
     horizon: int | None = None
     """Actions in a chunk, where the checkpoint does not say: an openpi checkpoint without config.json."""
     num_denoising_steps: int | None = None

@@ -21,8 +21,10 @@ from rlvla_envs.base import EnvSpec
 FORMATS = {
     "lerobot": "rlvla.formats.lerobot",
     "openpi": "rlvla.formats.openpi",
+    "starvla": "rlvla.formats.starvla",
 }
-"""Name -> module with ``read(checkpoint, config, spec) -> Draft`` and ``NOISE_AT``."""
+"""Name -> module with ``read(checkpoint, config, spec) -> Draft`` and ``NOISE_AT``; and with ``root(checkpoint)`` where
+a user may name a file in a checkpoint's folder."""
 
 PADDING = 1e-4
 """Range of a channel's statistics below which it never moved."""
@@ -53,6 +55,8 @@ class Format:
     noise_at: float
     """Flow time at which a sample is noise, in the original's convention."""
     read: Callable[[Path, ImportConfig, EnvSpec], Draft]
+    root: Callable[[Path], Path]
+    """The checkpoint's folder, of what the user named."""
 
 
 def find_format(name: str) -> Format:
@@ -66,7 +70,11 @@ def find_format(name: str) -> Format:
         hint = f" Did you mean {close[0]!r}?" if close else ""
         raise ValueError(f"{name!r} is no checkpoint format.{hint} Formats: {', '.join(FORMATS)}.")
     module: Any = importlib.import_module(FORMATS[name])
-    return Format(name, module.NOISE_AT, module.read)
+    return Format(name, module.NOISE_AT, module.read, getattr(module, "root", _itself))
+
+
+def _itself(checkpoint: Path) -> Path:
+    return checkpoint
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -86,8 +94,15 @@ def read_json(path: Path) -> dict[str, Any]:
     return cast(dict[str, Any], data)
 
 
-def integer(data: Mapping[str, Any], key: str, default: int, path: Path) -> int:
-    """A whole number of a configuration.
+def check_supported(said: Mapping[str, Any], values: Mapping[str, tuple[Any, ...]], path: Path) -> None:
+    """Refuse options that change what a network computes and have no supported value; absent ones have the first."""
+    for key, supported in values.items():
+        if said.get(key, supported[0]) not in supported:
+            raise ValueError(f"{path} says {key} = {said[key]!r}; only {supported[0]!r} is supported.")
+
+
+def integer(data: Mapping[str, Any], key: str, default: int | None, path: Path) -> int:
+    """A whole number of a configuration; without a default it must be there.
 
     Raises:
         ValueError: it is something else.
@@ -192,12 +207,21 @@ def order_cameras(
     return ordered, tuple(image for image in theirs if image not in by_image)
 
 
-def affine(mode: str, stats: Mapping[str, np.ndarray], eps: float, where: str) -> tuple[np.ndarray, np.ndarray]:
+REMEDY = (
+    "Give statistics=FILE: the meta/stats.json of the dataset the checkpoint was trained on, or openpi's "
+    "norm_stats.json."
+)
+
+
+def affine(
+    mode: str, stats: Mapping[str, np.ndarray], eps: float, where: str, remedy: str = REMEDY
+) -> tuple[np.ndarray, np.ndarray]:
     """What a normalisation maps to -1 and to +1.
 
     Args:
         mode: MEAN_STD, MIN_MAX, QUANTILES, QUANTILE10 or IDENTITY.
         eps: what is added to a deviation; in the others, what replaces a range of zero.
+        remedy: what to do about statistics that are missing.
 
     Raises:
         ValueError: an unknown mode, or statistics that it needs and are not there.
@@ -215,8 +239,7 @@ def affine(mode: str, stats: Mapping[str, np.ndarray], eps: float, where: str) -
     if missing:
         raise ValueError(
             f"{where} lacks the statistics {' and '.join(missing)}, which {mode} needs; it has "
-            f"{', '.join(sorted(stats)) or 'none'}. Give statistics=FILE: the meta/stats.json of the dataset the "
-            "checkpoint was trained on, or openpi's norm_stats.json."
+            f"{', '.join(sorted(stats)) or 'none'}. {remedy}"
         )
     a, b = (np.asarray(stats[key], np.float64).reshape(-1) for key in (first, second))
     if not (np.isfinite(a).all() and np.isfinite(b).all()):

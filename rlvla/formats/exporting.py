@@ -5,6 +5,8 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from rlvla.config import ExportConfig
 from rlvla.formats.base import FORMATS
 from rlvla.formats.tensors import gather
@@ -30,8 +32,6 @@ def run(config: ExportConfig) -> dict[str, Any]:
             f"{folder} was not imported, so there is no format to write it back to. `rlvla import` makes policies that "
             f"can be exported, and keeps them so through `rlvla train`. Formats: {', '.join(FORMATS)}."
         )
-    if not origin.weights.endswith(".safetensors"):
-        raise ValueError(f"{folder} came from {origin.weights}; only safetensors checkpoints are written back.")
     tensors = gather(policy, origin.places, origin.kept)
     output.parent.mkdir(parents=True, exist_ok=True)
     stage = output.parent / f".{output.name}.partial-{os.getpid()}"
@@ -41,8 +41,13 @@ def run(config: ExportConfig) -> dict[str, Any]:
             path = stage / name
             path.parent.mkdir(parents=True, exist_ok=True)
             path.write_bytes(data)
-        stage.mkdir(exist_ok=True)
-        save_file(tensors, stage / origin.weights, metadata=dict(origin.metadata) or None)
+        weights = stage / origin.weights
+        weights.parent.mkdir(parents=True, exist_ok=True)
+        if weights.suffix == ".safetensors":
+            save_file(tensors, weights, metadata=dict(origin.metadata) or None)
+        else:
+            # A PyTorch file of tensors alone, as `read_weights` takes it.
+            torch.save(tensors, weights)
         os.replace(stage, output)
     except Exception as error:
         shutil.rmtree(stage, ignore_errors=True)

@@ -30,7 +30,8 @@ def run(config: ImportConfig) -> dict[str, Any]:
             f"{found.noise_at:g}. A checkpoint of another convention was not made by {found.name}: choose its own "
             "format, or leave noise_at out."
         )
-    checkpoint, output = Path(config.checkpoint), Path(config.output)
+    named, output = Path(config.checkpoint), Path(config.output)
+    checkpoint = found.root(named)
     if not checkpoint.is_dir():
         raise ValueError(f"there is no checkpoint folder at {checkpoint}.")
     if output.exists():
@@ -39,7 +40,7 @@ def run(config: ImportConfig) -> dict[str, Any]:
     spec = env.spec
     env.close()
     try:
-        draft = found.read(checkpoint, config, spec)
+        draft = found.read(named, config, spec)
     except (AttributeError, KeyError, IndexError, TypeError) as error:
         # The files are somebody else's: what is nested in them may have any form.
         raise ValueError(
@@ -54,7 +55,7 @@ def run(config: ImportConfig) -> dict[str, Any]:
     policy.origin = Origin(
         found.name,
         draft.key_map.version,
-        draft.weights.path.name,
+        str(draft.weights.path.relative_to(checkpoint)),
         places,
         draft.weights.metadata,
         files,

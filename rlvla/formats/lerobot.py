@@ -17,6 +17,7 @@ from rlvla.formats.base import (
     Draft,
     affine,
     check_size,
+    check_supported,
     integer,
     load_checkpoint_tokenizer,
     order_cameras,
@@ -24,7 +25,7 @@ from rlvla.formats.base import (
     read_statistics,
     unclipped_stats,
 )
-from rlvla.formats.tensors import KeyMap, Weights, read_weights
+from rlvla.formats.tensors import KeyMap, Weights, count_layers, read_weights, shape_of
 from rlvla.policies.action_stats import ActionStats
 from rlvla.policies.prefix import ExpertSizes
 from rlvla.policies.smolvla import SmolVLAConfig, SmolVLMSizes
@@ -82,9 +83,7 @@ def read(checkpoint: Path, config: ImportConfig, spec: EnvSpec) -> Draft:
     kind = said.get("type")
     if kind not in ("pi0", "pi05", "smolvla"):
         raise ValueError(f"{path} says type {kind!r}; supported are pi0, pi05 and smolvla.")
-    for key, values in MUST_BE.items():
-        if said.get(key, values[0]) not in values:
-            raise ValueError(f"{path} says {key} = {said[key]!r}; only {values[0]!r} is supported.")
+    check_supported(said, MUST_BE, path)
     if config.horizon is not None:
         raise ValueError("horizon is for openpi's checkpoints; LeRobot's config.json has chunk_size. Leave it out.")
     features = _features(said, path)
@@ -260,18 +259,13 @@ def _smolvla_keys(weights: Weights) -> KeyMap:
 
 def _smolvla(said: Mapping[str, Any], weights: Weights, path: Path, options: dict[str, Any]) -> SmolVLAConfig:
     """Sizes from the tensors: the VLM's own configuration is not part of a checkpoint."""
-    names = {_smolvla_keys(weights).ours(key) or key: tuple(t.shape) for key, t in weights.tensors.items()}
+    keys = _smolvla_keys(weights)
 
     def shape(name: str, axes: int) -> tuple[int, ...]:
-        if len(names.get(name, ())) != axes:
-            raise ValueError(
-                f"{weights.path} lacks the tensor {_smolvla_keys(weights).theirs(name)} of {axes} axes, which "
-                "the sizes are read from. Is it a checkpoint of SmolVLA?"
-            )
-        return names[name]
+        return shape_of(weights, keys.theirs(name), axes, "SmolVLA")
 
     def layers(prefix: str) -> int:
-        return len({name[len(prefix) :].split(".")[0] for name in names if name.startswith(prefix)})
+        return count_layers(weights, keys.theirs(prefix))
 
     vocabulary, hidden = shape("vlm.text_model.embed_tokens.weight", 2)
     patch = shape("vlm.vision_model.embeddings.patch_embedding.weight", 4)

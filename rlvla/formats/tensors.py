@@ -80,6 +80,8 @@ class KeyMap:
     """Keys of theirs that acting does not use. They are kept aside for export."""
     tied: Mapping[str, str] = field(default_factory=dict)
     """Keys of theirs that may be a second name of a tensor of ours."""
+    own: frozenset[str] = frozenset()
+    """Tensors of ours that no checkpoint has. They keep their initial values and are not exported."""
 
     def ours(self, key: str) -> str | None:
         for theirs, ours in self.renames:
@@ -93,6 +95,28 @@ class KeyMap:
             if name.startswith(ours):
                 return theirs + name[len(ours) :]
         return name
+
+
+def shape_of(weights: Weights, key: str, axes: int, what: str) -> tuple[int, ...]:
+    """The shape of a tensor that sizes are read from.
+
+    Args:
+        what: whose checkpoint it should be.
+
+    Raises:
+        ValueError: it is not there, or has another number of axes.
+    """
+    if key not in weights.tensors or weights.tensors[key].ndim != axes:
+        raise ValueError(
+            f"{weights.path} lacks the tensor {key} of {axes} axes, which the sizes are read from. Is it a checkpoint "
+            f"of {what}?"
+        )
+    return tuple(weights.tensors[key].shape)
+
+
+def count_layers(weights: Weights, prefix: str) -> int:
+    """How many numbers follow a prefix such as "model.layers."."""
+    return len({key[len(prefix) :].split(".")[0] for key in weights.tensors if key.startswith(prefix)})
 
 
 def place(weights: Weights, policy: nn.Module, key_map: KeyMap) -> tuple[dict[str, Place], dict[str, Tensor]]:
@@ -126,7 +150,9 @@ def place(weights: Weights, policy: nn.Module, key_map: KeyMap) -> tuple[dict[st
         else:
             found.setdefault(name, key)
         places[key] = Place(name, str(tensor.dtype).removeprefix("torch."))
-    absent = [f"{key_map.theirs(n)} {tuple(expected[n].shape)}" for n in sorted(set(expected) - set(found))]
+    absent = [
+        f"{key_map.theirs(n)} {tuple(expected[n].shape)}" for n in sorted(set(expected) - set(found) - key_map.own)
+    ]
     wrong = [
         f"{key} {tuple(weights.tensors[key].shape)} instead of {tuple(expected[name].shape)}"
         for name, key in sorted(found.items())

@@ -4,6 +4,7 @@ import json
 import math
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from jaxtyping import Bool, Float
@@ -29,6 +30,9 @@ class ActionStats:
     standardises actions has mean - deviation for q01 and mean + deviation for q99, which is the same map."""
     state_bound: float = 4.0
     """The same for the normalised state."""
+    binary: Bool[np.ndarray, " C"] | None = None
+    """Channels of two values, such as starVLA's grippers: 0 stands for q01 and 1 for q99, and what is sampled in
+    between is cut at 0.5. Here alone q01 may be the larger. None has no such channel."""
 
     @staticmethod
     def of(action: Float[np.ndarray, "N C"], state: Float[np.ndarray, "N P"] | None) -> "ActionStats":
@@ -46,19 +50,26 @@ class ActionStats:
 
     @property
     def active(self) -> Bool[np.ndarray, " C"]:
-        active: np.ndarray = self.q99 - self.q01 > CONSTANT
+        active: np.ndarray = np.where(self.is_binary, np.abs(self.q99 - self.q01), self.q99 - self.q01) > CONSTANT
         return active
 
+    @property
+    def is_binary(self) -> Bool[np.ndarray, " C"]:
+        return np.zeros(len(self.q01), np.bool_) if self.binary is None else self.binary
+
     def normalize(self, action: Float[np.ndarray, "*B C"]) -> Float[np.ndarray, "*B C"]:
-        """To [-1, 1], clipped as in the paper; inactive channels become 0."""
+        """To [-1, 1], clipped as in the paper; binary channels to 0 or 1; inactive channels become 0."""
         scale = np.where(self.active, self.q99 - self.q01, 1.0)
-        unit = np.clip(2 * (action - self.q01) / scale - 1, -self.action_bound, self.action_bound)
+        centred = 2 * (action - self.q01) / scale - 1
+        unit = np.clip(centred, -self.action_bound, self.action_bound)
+        unit = np.where(self.is_binary, centred > 0, unit)
         return np.where(self.active, unit, 0.0).astype(np.float32)
 
     def denormalize(self, unit: Float[np.ndarray, "*B C"]) -> Float[np.ndarray, "*B C"]:
         """Inverse of `normalize` inside the quantiles; not clipped, the simulator does that."""
         span = np.where(self.active, self.q99 - self.q01, 0.0)
-        action: np.ndarray = (self.q01 + (unit + 1) / 2 * span).astype(np.float32)
+        share = np.where(self.is_binary, unit > 0.5, (unit + 1) / 2)
+        action: np.ndarray = (self.q01 + share * span).astype(np.float32)
         return action
 
     def normalize_state(self, state: Float[np.ndarray, "*B P"]) -> Float[np.ndarray, "*B P"]:
@@ -68,7 +79,7 @@ class ActionStats:
         return clipped
 
     def save(self, path: Path) -> None:
-        data = {
+        data: dict[str, dict[str, Any]] = {
             "action": {"q01": self.q01.tolist(), "q99": self.q99.tolist(), "bound": _finite(self.action_bound)},
             "state": {
                 "mean": self.state_mean.tolist(),
@@ -76,6 +87,8 @@ class ActionStats:
                 "bound": _finite(self.state_bound),
             },
         }
+        if self.binary is not None:
+            data["action"]["binary"] = self.binary.tolist()
         path.write_text(json.dumps(data, indent=2) + "\n")
 
     @staticmethod
@@ -90,6 +103,7 @@ class ActionStats:
             state_std=np.array(state["std"], dtype=np.float32),
             action_bound=_bound(action.get("bound", 1.0)),
             state_bound=_bound(state.get("bound", 4.0)),
+            binary=np.array(action["binary"], dtype=np.bool_) if "binary" in action else None,
         )
 
 

@@ -17,6 +17,8 @@ ARCHITECTURES = {
     "pi05": "rlvla.policies.pi:Pi05Config:Pi05",
     "smolvla": "rlvla.policies.smolvla:SmolVLAConfig:SmolVLA",
     "qwen_gr00t": "rlvla.policies.qwen_gr00t:QwenGr00tConfig:QwenGr00t",
+    "qwen_oft": "rlvla.policies.qwen_oft:QwenOftConfig:QwenOft",
+    "qwen_pi": "rlvla.policies.qwen_pi:QwenPiConfig:QwenPi",
     "twinbrain_vla": "rlvla.policies.twinbrain_vla:TwinBrainVLAConfig:TwinBrainVLA",
 }
 """module:configuration:policy. A configuration has ``name``, and ``vlm`` with ``vocab_size`` and ``patch_size``."""

@@ -117,6 +117,7 @@ def _check_stats(stats: ActionStats, spec: EnvSpec, path: Path) -> None:
     for name, values, sizes in (
         ("action q01", stats.q01, {spec.action_size}),
         ("action q99", stats.q99, {spec.action_size}),
+        ("action binary", stats.is_binary, {spec.action_size}),
         ("state mean", stats.state_mean, {spec.state_size}),
         ("state std", stats.state_std, {spec.state_size}),
     ):

@@ -13,6 +13,7 @@ starVLA trains with dropout of 0.2. There is none here: what a policy did must b
 
 import math
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -265,17 +266,25 @@ class DiT(nn.Module):
         return y
 
 
-class Gr00tHead(nn.Module):
-    """Velocity of the action chunk given a VLM's hidden states."""
+class FlowHead(nn.Module):
+    """What starVLA's two flow heads share: the sequence before their blocks and the action's MLP behind them.
 
-    def __init__(self, config: Gr00tHeadConfig, context_size: int, state_size: int) -> None:
+    Args:
+        model: the blocks.
+        width: of the sequence.
+        output_size: what the action's MLP reads.
+        context_size: of what the blocks attend to.
+    """
+
+    def __init__(
+        self, model: nn.Module, config: Any, *, width: int, output_size: int, context_size: int, state_size: int
+    ) -> None:
         super().__init__()
         self.config = config
-        width = config.width
-        self.model = DiT(config, context_size)
+        self.model: Any = model
         self.state_encoder = TwoLayer(state_size, config.hidden_size, width) if state_size else None
         self.action_encoder = ActionEncoder(config.channels, width)
-        self.action_decoder = TwoLayer(config.output_size, config.hidden_size, config.channels)
+        self.action_decoder = TwoLayer(output_size, config.hidden_size, config.channels)
         self.future_tokens = nn.Embedding(config.num_future_tokens, width)
         self.position_embedding = nn.Embedding(config.max_positions, width)
         for table in (self.future_tokens, self.position_embedding):
@@ -286,7 +295,7 @@ class Gr00tHead(nn.Module):
 
     def forward(
         self,
-        tokens: Float[Tensor, "B S D"],
+        tokens: Float[Tensor, "B S ..."],
         mask: Bool[Tensor, "B S"],
         state: Float[Tensor, "B P"],
         sample: Float[Tensor, "B H K"],
@@ -297,13 +306,17 @@ class Gr00tHead(nn.Module):
 
         Padded entries of ``sample`` are zeroed on the way in, padded steps and context tokens are hidden as keys, so a
         chunk padded to H x K and the same chunk unpadded have the same velocity.
+
+        Args:
+            tokens: the VLM's hidden states, [B S D], or [B S n D] for n blocks.
         """
         batch, horizon, _ = sample.shape
-        dtype = self.model.proj_out_1.weight.dtype
+        dtype = self.action_decoder.layer1.weight.dtype
         context = tokens.to(dtype)
         if self.positions is not None:
             # Counted over valid tokens: a token has its position however its row is padded.
-            context = context + self.positions[(mask.cumsum(dim=1) - 1).clamp(min=0)]
+            positions = self.positions[(mask.cumsum(dim=1) - 1).clamp(min=0)]
+            context = context + positions.view(*mask.shape, *[1] * (context.ndim - 3), -1)
         parts = [] if self.state_encoder is None else [self.state_encoder(state.to(dtype))[:, None]]
         parts.append(self.future_tokens.weight.expand(batch, -1, -1))
         chunk = self.action_encoder((sample * action_mask).to(dtype), bucket)
@@ -319,3 +332,17 @@ class Gr00tHead(nn.Module):
         # The network's velocity points from noise to data, ours from data to noise.
         velocity: Tensor = -self.action_decoder(hidden[:, -horizon:]).float() * action_mask
         return velocity
+
+
+class Gr00tHead(FlowHead):
+    """Velocity of the action chunk given a VLM's last hidden states."""
+
+    def __init__(self, config: Gr00tHeadConfig, context_size: int, state_size: int) -> None:
+        super().__init__(
+            DiT(config, context_size),
+            config,
+            width=config.width,
+            output_size=config.output_size,
+            context_size=context_size,
+            state_size=state_size,
+        )

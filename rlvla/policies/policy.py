@@ -5,7 +5,7 @@ again what is the same in all of them.
 """
 
 from abc import abstractmethod
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, Self
 
 import numpy as np
@@ -161,13 +161,22 @@ class PolicyWithDistribution(Policy):
 
 
 def check_sizes(
-    env_spec: EnvSpec, tokenizer: Any, *, horizon: int, channels: int, vocab_size: int, image_unit: int, part: str
+    env_spec: EnvSpec,
+    tokenizer: Any,
+    *,
+    horizon: int,
+    channels: int,
+    vocab_size: int,
+    image_unit: int,
+    part: str,
+    image_sizes: Sequence[int] = (),
 ) -> None:
     """Everything that must fit, before a parameter is allocated.
 
     Args:
         image_unit: pixels that must divide every image's sides: a patch times what is merged.
         part: where a user sets H and K, such as "policy.expert".
+        image_sizes: sides that images are resized to, one after the other; of these the last must fit.
 
     Raises:
         ValueError: the policy does not fit the suite; the message lists all reasons.
@@ -184,11 +193,25 @@ def check_sizes(
     if len({(c.height, c.width) for c in env_spec.cameras}) > 1:
         sizes = ", ".join(f"{c.name} {c.height} x {c.width}" for c in env_spec.cameras)
         problems.append(f"all cameras must have one size, and they are {sizes}; change suite.image_size")
+    if image_sizes and (min(image_sizes) < 1 or image_sizes[-1] % image_unit):
+        problems.append(
+            f"policy.image_sizes is {list(image_sizes)}; the last must be a multiple of {image_unit}, merged patches"
+        )
     problems += [
         f"camera {c.name} is {c.height} x {c.width}, which merged patches of {image_unit} pixels do not divide; "
         "change suite.image_size"
         for c in env_spec.cameras
-        if c.height % image_unit or c.width % image_unit
+        if not image_sizes and (c.height % image_unit or c.width % image_unit)
     ]
     if problems:
         raise ValueError("the policy does not fit the suite: " + "; ".join(problems) + ".")
+
+
+def check_cameras(cameras: Sequence[str], env_spec: EnvSpec) -> None:
+    """Refuse an order of cameras that does not name each of the suite's once; empty is the suite's own order."""
+    names = sorted(camera.name for camera in env_spec.cameras)
+    if cameras and sorted(cameras) != names:
+        raise ValueError(
+            f"policy.cameras is {', '.join(cameras)}; it must name each of the suite's once: {', '.join(names)}, "
+            "or be empty."
+        )

@@ -19,7 +19,7 @@ from torch.nn import functional as F
 
 from rlvla.policies.action_stats import ActionStats
 from rlvla.policies.base import Context
-from rlvla.policies.policy import PolicyWithFlow, check_sizes
+from rlvla.policies.policy import PolicyWithFlow, check_cameras, check_sizes
 from rlvla.policies.prompted import PAD_TO, pool
 from rlvla.policies.suffix_expert import SuffixExpert, flow_time_sines, suffix_mask
 from rlvla_envs.base import EnvSpec, Observation
@@ -119,12 +119,7 @@ class PrefixPolicy(PolicyWithFlow):
                 f"the suite's state has {env_spec.state_size} channels, policy.expert.state_channels pads to "
                 f"{state_limit}; raise it."
             )
-        names = sorted(camera.name for camera in env_spec.cameras)
-        if config.cameras and sorted(config.cameras) != names:
-            raise ValueError(
-                f"policy.cameras is {', '.join(config.cameras)}; it must name each of the suite's once: "
-                f"{', '.join(names)}, or be empty."
-            )
+        check_cameras(config.cameras, env_spec)
         super().__init__(
             config,
             env_spec,

@@ -8,8 +8,10 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
+import torch
 from jaxtyping import Float, UInt8
 from torch import Tensor
+from torch.nn import functional as F
 
 from rlvla.policies.prompt import CHAT_TEMPLATE
 
@@ -95,3 +97,18 @@ def patchify(
     ordered = blocks.permute(0, 1, 4, 2, 5, 7, 3, 6)  # B gh gw m m c p p
     repeated = ordered.unsqueeze(6).expand(*ordered.shape[:6], temporal_patch_size, *ordered.shape[6:])
     return repeated.reshape(-1, 3 * temporal_patch_size * patch_size**2)
+
+
+def resize(image: UInt8[Tensor, "B h w 3"], side: int) -> UInt8[Tensor, "B side side 3"]:
+    """Images as squares in eight bits, by PIL's default filter: bicubic, averaged where it shrinks.
+
+    Torch's sums are not PIL's to the last bit: a few values are another by one or two.
+    """
+    if image.shape[1:3] == (side, side):
+        return image
+    pixels = image.permute(0, 3, 1, 2).float()
+    # Rows, then columns, as PIL does it: cut to eight bits in between, at edges that overshoot the result is another.
+    for size in ((image.shape[1], side), (side, side)):
+        pixels = F.interpolate(pixels, size=size, mode="bicubic", align_corners=False, antialias=True)
+        pixels = pixels.round().clamp(0, 255)
+    return pixels.to(torch.uint8).permute(0, 2, 3, 1)

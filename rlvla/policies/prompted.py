@@ -10,8 +10,8 @@ from tensordict import TensorDict
 from torch import Tensor
 
 from rlvla.policies.action_stats import ActionStats
-from rlvla.policies.policy import Policy, check_sizes
-from rlvla.policies.processor import patchify
+from rlvla.policies.policy import Policy, check_cameras, check_sizes
+from rlvla.policies.processor import patchify, resize
 from rlvla.policies.prompt import embodiment_prompt
 from rlvla_envs.base import Camera, EnvSpec, Observation
 
@@ -66,7 +66,9 @@ class PromptedPolicy(Policy):
             vocab_size=config.vlm.vocab_size,
             image_unit=2 * config.vlm.patch_size,
             part=part,
+            image_sizes=getattr(config, "image_sizes", ()),
         )
+        check_cameras(getattr(config, "cameras", ()), env_spec)
         super().__init__(config, env_spec, stats, tokenizer, horizon=horizon, channels=channels)
 
     def prompt(self, instruction: str) -> str:
@@ -98,7 +100,7 @@ class PromptedPolicy(Policy):
         """Right-padded prompts, positions and images; raises as `context_length` does."""
         length = max(self.context_length(text) for text in observation.instruction)
         batch = self._collate([self.prompt(text) for text in observation.instruction], observation, length)
-        cameras = [camera.name for camera in self.env_spec.cameras]
+        cameras = self.cameras or [camera.name for camera in self.env_spec.cameras]
         batch["images"] = torch.from_numpy(np.stack([observation.images[c] for c in cameras], axis=1))
         return batch
 
@@ -157,14 +159,36 @@ class PromptedPolicy(Policy):
         the batch is text."""
         if "images" not in batch:
             return {}
-        images = batch["images"]
-        rows, views, height, width = images.shape[:4]
+        images = batch["images"].flatten(0, 1)
+        for side in self.image_sizes:
+            images = resize(images, side)
+        count, height, width = images.shape[:3]
         patch = self.config.vlm.patch_size
-        grid = torch.tensor([[1, height // patch, width // patch]]).expand(rows * views, -1)
+        grid = torch.tensor([[1, height // patch, width // patch]]).expand(count, -1)
         return {
-            "pixel_values": patchify(images.flatten(0, 1), patch, 2, 2).to(vlm.dtype),
+            "pixel_values": patchify(images, patch, 2, 2).to(vlm.dtype),
             "image_grid_thw": grid.to(images.device),
         }
+
+    @property
+    def image_sizes(self) -> tuple[int, ...]:
+        """Sides of the squares that images are resized to, one after the other; none where an architecture has no such
+        option."""
+        sizes: tuple[int, ...] = getattr(self.config, "image_sizes", ())
+        return sizes
+
+    @property
+    def cameras(self) -> tuple[str, ...]:
+        """Their order in the prompt; empty is the suite's."""
+        names: tuple[str, ...] = getattr(self.config, "cameras", ())
+        return names
+
+    def _patch_grid(self, camera: Camera) -> tuple[int, int]:
+        """Rows and columns of patches that the backbone reads of a camera."""
+        patch = self.config.vlm.patch_size
+        if self.image_sizes:
+            return (self.image_sizes[-1] // patch, self.image_sizes[-1] // patch)
+        return camera.height // patch, camera.width // patch
 
     def layout(self, text: str) -> Layout:
         """Token ids, image marks and m-RoPE positions of one prompt; cached.
@@ -173,16 +197,16 @@ class PromptedPolicy(Policy):
         the prompt alone, so it does so once per prompt.
         """
         if text not in self._layouts:
-            spec, patch = self.env_spec, self.config.vlm.patch_size
             pieces = text.split(IMAGE)
-            cameras = spec.cameras if len(pieces) > 1 else ()
+            # All cameras have one size, so their order means nothing here.
+            cameras = self.env_spec.cameras if len(pieces) > 1 else ()
+            grids = [self._patch_grid(camera) for camera in cameras]
             filled = pieces[0]
-            for camera, piece in zip(cameras, pieces[1:], strict=True):
-                num_tokens = (camera.height // (2 * patch)) * (camera.width // (2 * patch))
-                filled += IMAGE * num_tokens + piece
+            for (rows, columns), piece in zip(grids, pieces[1:], strict=True):
+                filled += IMAGE * ((rows // 2) * (columns // 2)) + piece
             ids = torch.tensor([self.tokenizer(filled, add_special_tokens=False)["input_ids"]])
             image = (ids == self.vlm.config.image_token_id).long()
-            grid = torch.tensor([[1, c.height // patch, c.width // patch] for c in cameras]) if cameras else None
+            grid = torch.tensor([[1, *grid] for grid in grids]) if grids else None
             positions, _ = self.vlm.get_rope_index(
                 ids, mm_token_type_ids=image, image_grid_thw=grid, attention_mask=torch.ones_like(ids)
             )

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 from tensordict import TensorDict
 from torch import Tensor, nn
 
@@ -17,7 +17,7 @@ from rlvla.policies.architectures import check_name
 from rlvla.policies.backbone import token_ids, widen_vision
 from rlvla.policies.base import Context
 from rlvla.policies.brain import BrainConfig, PromptConfig, build_brain, chat_texts
-from rlvla.policies.gr00t_head import Gr00tHead, Gr00tHeadConfig, step_buckets, time_buckets
+from rlvla.policies.gr00t_head import FlowHead, Gr00tHead, Gr00tHeadConfig, step_buckets, time_buckets
 from rlvla.policies.policy import PolicyWithFlow
 from rlvla.policies.prompted import PromptedPolicy, pool
 from rlvla_envs.base import EnvSpec
@@ -37,10 +37,19 @@ class QwenGr00tConfig:
     """Give the head one token of normalised proprioception."""
     value_uses_state: bool = True
     """Append that state to the critic's features, which are the mean of the VLM's hidden states."""
+    image_sizes: tuple[int, ...] = ()
+    """Sides of the squares that images are resized to, one after the other; empty takes the suite's images as they are.
+    starVLA resizes to 224, Qwen3-VL's processor then to 256."""
+    cameras: tuple[str, ...] = ()
+    """Order of the suite's cameras in the prompt; empty is the suite's own."""
+    denoise_padding: bool = False
+    """Draw and denoise noise in all H x K entries, as starVLA does, and not in executed ones alone. For checkpoints
+    that were trained so; PPO scores executed entries either way."""
 
     def __post_init__(self) -> None:
         check_name(self.name, "qwen_gr00t")
         check_steps(self.num_denoising_steps)
+        self.image_sizes, self.cameras = tuple(self.image_sizes), tuple(self.cameras)
 
     def tokenizer_texts(self, spec: EnvSpec, instructions: list[str]) -> list[str]:
         """What a tokenizer that is trained for this policy must write briefly."""
@@ -62,9 +71,15 @@ class Gr00tPolicy(PromptedPolicy, PolicyWithFlow):
         super().__init__(config, env_spec, stats, tokenizer, horizon=horizon, channels=channels)
         self.context_limit = config.expert.context_positions
         self.vlm: Any = build_brain(config.vlm, token_ids(tokenizer))
-        state_size = env_spec.state_size if head_reads_state else 0
-        self.expert = Gr00tHead(config.expert, config.vlm.hidden_size, state_size)
+        self.expert = self.make_head(env_spec.state_size if head_reads_state else 0)
         self.value_size = config.vlm.hidden_size + (env_spec.state_size if config.value_uses_state else 0)
+
+    def make_head(self, state_size: int) -> FlowHead:
+        return Gr00tHead(self.config.expert, self.config.vlm.hidden_size, state_size)
+
+    def head_context(self, context: Context) -> Tensor:
+        """What the head attends to, token by token."""
+        return context.tokens
 
     def initialize(self) -> None:
         widen_vision(self.vlm, self.config.vlm)
@@ -95,7 +110,9 @@ class Gr00tPolicy(PromptedPolicy, PolicyWithFlow):
             bucket = time_buckets(tau, buckets)
         else:
             bucket = step_buckets(step, self.num_denoising_steps, buckets)
-        velocity: Tensor = self.expert(context.tokens, context.mask, context.state, sample, self._action_mask, bucket)
+        velocity: Tensor = self.expert(
+            self.head_context(context), context.mask, context.state, sample, self.noise_mask(), bucket
+        )
         return velocity
 
     def parameter_groups(self) -> dict[str, list[nn.Parameter]]:
@@ -118,6 +135,9 @@ class QwenGr00t(Gr00tPolicy):
 
     def prompt(self, instruction: str) -> str:
         return self.chat_text(self.config.prompt, instruction)
+
+    def noise_mask(self) -> Bool[Tensor, "H K"]:
+        return torch.ones_like(self._action_mask) if self.config.denoise_padding else self._action_mask
 
     def encode(self, batch: TensorDict) -> Context:
         tokens = self.vlm(

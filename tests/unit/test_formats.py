@@ -639,6 +639,6 @@ def test_tensors_are_placed_by_the_first_prefix_that_fits_and_gathered_again(tmp
 
 
 def test_every_format_says_where_its_noise_is() -> None:
-    assert [find_format(name).noise_at for name in FORMATS] == [1.0] * len(FORMATS)
+    assert {name: find_format(name).noise_at for name in FORMATS} == {"lerobot": 1.0, "openpi": 1.0, "starvla": 0.0}
     with pytest.raises(ValueError, match=r"'lerobt' is no checkpoint format. Did you mean 'lerobot'"):
         find_format("lerobt")

@@ -383,7 +383,7 @@ def test_a_policy_that_does_not_fit_the_suite_is_refused_as_in_training() -> Non
         plan("policy=qwen_vla_tiny", "suite.chunk_size=16")
 
 
-@pytest.mark.parametrize("name", ["qwen_gr00t", "twinbrain_vla"])
+@pytest.mark.parametrize("name", ["qwen_gr00t", "qwen_oft", "qwen_pi", "twinbrain_vla"])
 def test_a_policy_whose_memory_it_does_not_know_is_said_to_be_one(name: str) -> None:
     with pytest.raises(ValueError, match=f"'{name}'; rlvla doctor plans the memory of qwen_vla alone"):
         plan(f"policy={name}_toy")
