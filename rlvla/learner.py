@@ -18,6 +18,7 @@ from rlvla.ranks import ALONE, Group, naming_the_lost
 from rlvla.samplers import Likelihood, Sampler
 from rlvla.seeding import Stream, keyed_rng
 from rlvla.teachers import ActionTeacher
+from rlvla_algos.clip import clip_power
 from rlvla_algos.distill import distillation_loss, steer_coefficient
 from rlvla_algos.ppo import Totals, behaviour_weight, count_entries, explained_variance, ppo_loss
 
@@ -226,6 +227,7 @@ class Learner:
                     value_coef=config.value_coef,
                     behaviour_weight=batch.get("behaviour_weight"),
                     totals=self._totals(part),
+                    clip_power=self._clip_power(batch),
                 )
                 self._policy_optimizer.zero_grad(set_to_none=True)
                 self._value_optimizer.zero_grad(set_to_none=True)
@@ -354,6 +356,11 @@ class Learner:
             norm: Tensor = nn.utils.clip_grad_norm_(self._policy_parameters, self.config.max_grad_norm)
             # Of split parameters it is still in parts.
             return float(norm.full_tensor() if isinstance(norm, DTensor) else norm)
+
+    def _clip_power(self, batch: TensorDict) -> Tensor | None:
+        if not self.config.match_clip:
+            return None
+        return clip_power(batch["mask"], self.config.reduction.value, self.sampler.terms)
 
     def _totals(self, part: Minibatch) -> Totals | None:
         if self.group.size == 1:

@@ -15,8 +15,9 @@ from jaxtyping import Bool, Float
 from tensordict import TensorDict
 from torch import Tensor
 
-from rlvla.config import AlgoConfig, ConfigError, Distance, FlowTime, SFTConfig
+from rlvla.config import AlgoConfig, ConfigError, Distance, FlowTime, SamplerConfig, SFTConfig
 from rlvla.policies.base import ChunkPolicy, Context, DistributionPolicy, FlowPolicy, has_distribution
+from rlvla.policies.exploration import has_latent
 from rlvla.seeding import normal
 from rlvla_algos.distill import Distance as DistanceKind
 from rlvla_algos.distill import step_distance
@@ -25,7 +26,6 @@ from rlvla_algos.flow import (
     Schedule,
     check_flow_sde,
     denoise,
-    flow_sde_schedule,
     gaussian_kl,
     ode_schedule,
     transition,
@@ -115,6 +115,11 @@ class Sampler(ABC):
     def exploration(self, algo: AlgoConfig) -> str:
         """What sets how much rollouts explore, for messages."""
 
+    @property
+    def terms(self) -> int:
+        """How many independent log-probabilities are summed in each entry (`rlvla_algos.clip.clip_power`)."""
+        return 1
+
     def parts(self, data: TensorDict) -> dict[str, Bool[Tensor, " M"]]:
         """Rows whose KL is also logged apart, by name of the metric; the same names for any data."""
         return {}
@@ -141,25 +146,36 @@ def training_sampler(policy: ChunkPolicy, algo: AlgoConfig) -> Sampler:
     """What rollouts and updates of a policy use.
 
     Raises:
-        ConfigError: an entropy bonus for a policy whose entropy is a constant, or a distance of velocities for one that
-            has none.
+        ConfigError: an entropy bonus for a policy whose entropy is a constant, a distance of velocities for one that
+            has none, or an ``algo.sampler`` that does not fit.
     """
     if has_distribution(policy):
+        if algo.sampler != SamplerConfig():
+            raise ConfigError(
+                "algo.sampler is not its default; it must be: this policy has a distribution, not a flow."
+            )
         if algo.teacher.distance is Distance.velocity:
             raise ConfigError(
                 "algo.teacher.distance is velocity; it must be kl: this policy has a distribution and no velocity."
             )
         return DistributionSampler()
-    if algo.entropy_coef > 0:
+    if algo.entropy_coef > 0 and not algo.sampler.learns:
         raise ConfigError(
             f"algo.entropy_coef is {algo.entropy_coef:g}; it must be 0: with a fixed noise schedule the entropy is a "
             "constant, so a bonus does nothing. Raise algo.noise_level to explore more."
         )
-    return FlowSampler(flow_sde_schedule(cast(FlowPolicy, policy).num_denoising_steps, algo.noise_level))
+    # That module is made of this one's classes.
+    from rlvla.chain_samplers import flow_sampler
+
+    return flow_sampler(cast(FlowPolicy, policy), algo)
 
 
 def evaluation_sampler(policy: ChunkPolicy) -> Sampler:
     """What evaluations use, and SFT: no noise but what the temperature scales."""
+    if has_latent(policy):
+        from rlvla.chain_samplers import LatentSampler
+
+        return LatentSampler(None)
     return DistributionSampler() if has_distribution(policy) else FlowSampler(None)
 
 

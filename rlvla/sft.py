@@ -17,6 +17,7 @@ from rlvla.distill import twin_teacher
 from rlvla.policies.action_stats import ActionStats
 from rlvla.policies.architectures import architecture
 from rlvla.policies.base import context_is_fixed, trained_groups
+from rlvla.policies.exploration import has_latent
 from rlvla.policies.folder import load_policy, save_policy
 from rlvla.policies.groups import check_groups, group_rates, require_gradients, trained_parameters
 from rlvla.policies.lora import adapted, add_lora, describe_lora
@@ -167,6 +168,13 @@ def build_policy(config: SFTConfig, env_spec: EnvSpec, demonstrations: Demonstra
     stats = ActionStats.of(demonstrations.action, demonstrations.state if env_spec.state_size else None)
     if config.start is not None:
         before = load_policy(Path(config.start))
+        if has_latent(before):
+            raise ConfigError(
+                f"start={config.start} draws its initial noise from a head (algo.sampler.kind=latent), which would not "
+                "fit the flow that SFT makes of it. Start from the policy before that run."
+            )
+        # Of steps' noise: it explores for the flow as it was.
+        before.explorer = None  # type: ignore[attr-defined]
         policy = architecture(before.config.name).policy(before.config, env_spec, stats, before.tokenizer)
         try:
             policy.load_state_dict(before.state_dict())

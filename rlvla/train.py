@@ -17,6 +17,7 @@ from rlvla.learner import Learner
 from rlvla.mixing import check_weights, task_weights, training_states
 from rlvla.pipeline import Collector, drop_stale, make_collector
 from rlvla.policies.base import ValueHead, trained_groups
+from rlvla.policies.exploration import add_explorer
 from rlvla.policies.folder import load_policy, load_weights, save_policy
 from rlvla.policies.groups import require_gradients
 from rlvla.policies.lora import adapted, add_lora, describe_lora
@@ -72,7 +73,9 @@ def prepare(config: TrainConfig, group: Group) -> Side:
     policy = load_policy(Path(config.policy), device)
     trained = trained_groups(policy, config.algo.train_vlm, config.algo.freeze)
     add_lora(policy, config.lora, trained, config.policy)
-    require_gradients(policy, trained)
+    # After the adapters, which are not for its own small layers.
+    add_explorer(policy, config.algo)
+    require_gradients(policy, trained_groups(policy, config.algo.train_vlm, config.algo.freeze))
     value_head = ValueHead(policy.value_size, config.algo.value_hidden_sizes).to(device)
     sampler = training_sampler(policy, config.algo)
     learner = Learner(

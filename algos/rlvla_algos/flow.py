@@ -56,7 +56,8 @@ class GaussianStep(NamedTuple):
     """p(Y_tau' | Y_tau) of one denoising step, for rows that may be at different steps."""
 
     mean: Chunk
-    std: Float[Tensor, "B 1 1"]
+    std: Float[Tensor, "B #H #K"]
+    """One a row, or one an entry."""
 
     def log_prob(self, sample: Chunk) -> Chunk:
         """Log-density of every entry of the chunk; the entries are independent."""

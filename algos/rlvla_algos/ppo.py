@@ -79,6 +79,7 @@ def ppo_loss(
     value_coef: float,
     behaviour_weight: Float[Tensor, "M *entries"] | None = None,
     totals: Totals | None = None,
+    clip_power: Float[Tensor, " M"] | None = None,
 ) -> PPOLoss:
     """PPO-clip and the clipped value error (arXiv:1707.06347, eqs. 7 and 9).
 
@@ -99,10 +100,16 @@ def ppo_loss(
         behaviour_weight: of `behaviour_weight`, where ``old_log_prob`` is not of the policy that collected.
         totals: of the minibatch that these rows are a part of; None where they are all of it. The results of all parts
             then add up to those of the whole, ``ratio_error`` apart.
+        clip_power: of `rlvla_algos.clip.clip_power`: the bounds are raised to it. None leaves them.
     """
     log_ratio, counts = chunk_log_ratio(log_prob, old_log_prob, mask, reduction)
     ratio = log_ratio.exp()
-    clipped = ratio.clamp(1 - clip_epsilon, 1 + clip_epsilon)
+    # A ratio to the power 1 / p is inside the bounds where the ratio is inside the bounds to the power p.
+    power = None if clip_power is None else clip_power.reshape(-1, *[1] * (ratio.ndim - 1))
+    rooted = ratio if power is None else (log_ratio / power).exp()
+    clipped = rooted.clamp(1 - clip_epsilon, 1 + clip_epsilon)
+    if power is not None:
+        clipped = clipped**power
     weight = advantage.reshape(-1, *[1] * (ratio.ndim - 1))
     if behaviour_weight is not None:
         weight = weight * behaviour_weight
@@ -116,11 +123,12 @@ def ppo_loss(
     value_error = 0.5 * (error.mean() if totals is None else error.sum() / totals.rows)
 
     away = (ratio - 1).abs() * counts
+    outside = ((rooted - 1).abs() > clip_epsilon) & counts
     return PPOLoss(
         total=policy + value_coef * value_error,
         policy=policy.detach(),
         value=value_error.detach(),
-        clip_fraction=((away > clip_epsilon).sum() / num_counted).detach(),
+        clip_fraction=(outside.sum() / num_counted).detach(),
         ratio_error=away.max().detach(),
     )
 

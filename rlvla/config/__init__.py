@@ -19,6 +19,7 @@ from rlvla.config.machines import (
     WorkerKind,
     WorkersConfig,
 )
+from rlvla.config.sampler import NoiseSchedule, Process, SamplerConfig, SamplerKind
 from rlvla.config.sft import CollectConfig, FlowTime, SFTConfig, VisionLanguageConfig
 from rlvla.config.train import DoctorConfig, EvalConfig, Schedule, TaskMix, TrainConfig
 
@@ -44,8 +45,12 @@ __all__ = [
     "LearnerStrategy",
     "LearnersConfig",
     "LoraConfig",
+    "NoiseSchedule",
+    "Process",
     "Reduction",
     "SFTConfig",
+    "SamplerConfig",
+    "SamplerKind",
     "Schedule",
     "SuitesAction",
     "SuitesConfig",

@@ -5,6 +5,7 @@ from dataclasses import dataclass, field
 from enum import Enum
 
 from rlvla.config.checks import check_rates, require
+from rlvla.config.sampler import Process, SamplerConfig, SamplerKind
 
 
 class Reduction(Enum):
@@ -102,10 +103,14 @@ class AlgoConfig:
     noise_level: float = 0.5
     """a of the flow SDE, for flow policies: exploration and step size in one. 0.3 to 0.7; below 0.2 learns slowly at
     any KL."""
+    sampler: SamplerConfig = field(default_factory=SamplerConfig)
     reduction: Reduction = Reduction.elementwise
     """What a ratio is of: every entry of the chunk, or the whole chunk summed (the paper), averaged, scaled."""
     clip_epsilon: float = 0.2
     """Half-width of the trust region on the ratio. Smaller is safer and slower; 0.1 to 0.3 is usual."""
+    match_clip: bool = False
+    """Scale the clip to the reduction, so that clip_epsilon is always that of one entry (docs/mathematics.md). false
+    clips every kind of ratio at the same number."""
     value_clip: float | None = 0.2
     """How far a value may move from the rollout's before its gradient stops; null never."""
     value_coef: float = 1.0
@@ -183,6 +188,24 @@ class AlgoConfig:
             "in (0, 1). Typical: 0.1 to 0.3",
         )
         require(self.noise_level > 0, "algo.noise_level", self.noise_level, "positive. Typical: 0.3 to 0.7")
+        require(
+            self.sampler.process is not Process.cps or self.noise_level <= 1,
+            "algo.noise_level",
+            self.noise_level,
+            "at most 1 with algo.sampler.process=cps, where all noise of a step is new. Typical: 0.5",
+        )
+        require(
+            not self.sampler.learns or self.teacher.policy is None,
+            "algo.teacher.policy",
+            self.teacher.policy,
+            "null where the noise is learned (algo.sampler): a teacher has no noise of its own to compare with",
+        )
+        require(
+            self.sampler.kind is not SamplerKind.latent or not self.train_vlm,
+            "algo.train_vlm",
+            self.train_vlm,
+            "false with algo.sampler.kind=latent, which trains its head alone",
+        )
         require(0 <= self.gamma <= 1, "algo.gamma", self.gamma, "in [0, 1]. Typical: 0.99")
         require(0 <= self.gae_lambda <= 1, "algo.gae_lambda", self.gae_lambda, "in [0, 1]. Typical: 0.95")
         require(self.epochs >= 1, "algo.epochs", self.epochs, "at least 1")

@@ -7,6 +7,7 @@ from enum import Enum
 from rlvla.config.algo import AlgoConfig, LoraConfig
 from rlvla.config.checks import MISSING, check_common, require
 from rlvla.config.machines import ClusterConfig, LearnersConfig, WorkersConfig
+from rlvla.config.sampler import SamplerKind
 from rlvla_envs.base import SuiteConfig
 
 
@@ -120,6 +121,12 @@ class TrainConfig:
             "episodes_per_iteration",
             self.episodes_per_iteration,
             "at least 1",
+        )
+        require(
+            self.algo.sampler.kind is not SamplerKind.latent or self.lora.rank == 0,
+            "lora.rank",
+            self.lora.rank,
+            "0 with algo.sampler.kind=latent, which trains its head alone",
         )
         for name in ("max_minutes", "max_env_steps"):
             limit = getattr(self, name)

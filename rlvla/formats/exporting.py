@@ -10,6 +10,7 @@ import torch
 from rlvla.config import ExportConfig
 from rlvla.formats.base import FORMATS
 from rlvla.formats.tensors import gather
+from rlvla.policies.exploration import has_latent
 from rlvla.policies.folder import load_policy
 
 
@@ -26,6 +27,11 @@ def run(config: ExportConfig) -> dict[str, Any]:
     if output.exists():
         raise ValueError(f"{output} exists already. Choose another output=, or remove it.")
     policy = load_policy(folder)
+    if has_latent(policy):
+        raise ValueError(
+            f"{folder} draws its initial noise from a head that `rlvla train` learned (algo.sampler.kind=latent), and "
+            "no other format has such a head. Export a policy that was trained with another sampler."
+        )
     origin = policy.origin
     if origin is None:
         raise ValueError(

@@ -1,6 +1,7 @@
 """A policy on disk: config.yaml, model.safetensors, action_stats.json and tokenizer files; origin/ if it was imported.
 
 Where adapters were trained the weights have them merged in, and peft's two files with the adapters alone are beside.
+What a run learned for exploring (`rlvla.policies.exploration`) has a file of its own.
 
 Weights are read from safetensors, never unpickled, and every tensor must find its place.
 """
@@ -16,6 +17,8 @@ from torch import nn
 
 from rlvla.policies.action_stats import ActionStats
 from rlvla.policies.architectures import architecture
+from rlvla.policies.exploration import FILE as EXPLORATION
+from rlvla.policies.exploration import load_explorer, save_explorer, take_explorer
 from rlvla.policies.lora import WEIGHTS, adapted, merge, save_adapters, unmerge
 from rlvla.policies.origin import FOLDER as ORIGIN
 from rlvla.policies.origin import Origin
@@ -48,7 +51,10 @@ def save_policy(policy: Policy, folder: Path, weights: dict[str, torch.Tensor] |
             "env_spec": policy.env_spec.to_dict(),
         }
         (stage / "config.yaml").write_text(OmegaConf.to_yaml(OmegaConf.create(config)))
-        state = policy.state_dict() if weights is None else weights
+        state = dict(policy.state_dict() if weights is None else weights)
+        explorer, learned = getattr(policy, "explorer", None), take_explorer(state)
+        if explorer is not None:
+            save_explorer(explorer.shape, learned, stage)
         save_adapters(policy, state, stage)
         state = merge(policy, state)
         # Tied or sliced tensors share storage, which safetensors refuses; a policy has few enough to copy.
@@ -96,6 +102,8 @@ def load_policy(folder: Path, device: str = "cpu") -> Policy:
     load_weights(policy, folder / "model.safetensors")
     if (folder / ORIGIN).is_dir():
         policy.origin = Origin.load(folder / ORIGIN)
+    if (folder / EXPLORATION).is_file():
+        policy.explorer = load_explorer(folder / EXPLORATION)
     return policy.to(device)
 
 
@@ -164,7 +172,11 @@ def load_weights(policy: nn.Module, path: Path) -> None:
         raise ValueError(f"{path} is damaged: {error}. Copy the file again, or train the policy again.") from error
     if adapted(policy):
         weights = unmerge(policy, weights, path.with_name(WEIGHTS))
-    expected = policy.state_dict()
+    expected = dict(policy.state_dict())
+    if take_explorer(expected):
+        explorer = load_explorer(path.with_name(EXPLORATION)).state_dict()
+        weights |= {f"explorer.{name}": tensor for name, tensor in explorer.items()}
+        expected = policy.state_dict()
     homeless = sorted(set(weights) - set(expected))
     absent = sorted(set(expected) - set(weights))
     wrong = sorted(

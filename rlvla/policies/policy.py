@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from rlvla.policies.action_stats import ActionStats
 from rlvla.policies.base import Context
+from rlvla.policies.exploration import GROUP, Explorer
 from rlvla.policies.origin import Origin
 from rlvla_algos.distribution import NormalBernoulli
 from rlvla_envs.base import EnvSpec, Observation
@@ -137,6 +138,13 @@ class PolicyWithFlow(Policy):
     ) -> None:
         super().__init__(config, env_spec, stats, tokenizer, horizon=horizon, channels=channels)
         self.num_denoising_steps = int(config.num_denoising_steps)
+        # Here and not in the class: an attribute of the class would hide the module.
+        self.explorer: Explorer | None = None
+
+    def exploration_group(self) -> dict[str, list[nn.Parameter]]:
+        """The parameter group of what a run learned for exploring (`rlvla.policies.exploration`), where it did. A part
+        of every flow policy's `parameter_groups`."""
+        return {} if self.explorer is None else {GROUP: list(self.explorer.parameters())}
 
     @abstractmethod
     def velocity(

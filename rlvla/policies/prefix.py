@@ -305,8 +305,10 @@ class PrefixPolicy(PolicyWithFlow):
             *self.language.norm.parameters(),
         ]
         expert = list(self.expert.parameters())
-        others = {id(p) for p in (*top, *expert)}
-        return {"vlm": [p for p in self.parameters() if id(p) not in others], "expert": expert, "top": top}
+        noise = self.exploration_group()
+        others = {id(p) for p in (*top, *expert, *(p for group in noise.values() for p in group))}
+        rest = [p for p in self.parameters() if id(p) not in others]
+        return {"vlm": rest, "expert": expert, "top": top, **noise}
 
     def sharding_units(self) -> list[nn.Module]:
         return [*self.vision_layers, *self.language.layers, *self.expert.layers]

@@ -116,7 +116,8 @@ class Gr00tPolicy(PromptedPolicy, PolicyWithFlow):
         return velocity
 
     def parameter_groups(self) -> dict[str, list[nn.Parameter]]:
-        return {"vlm": list(self.vlm.parameters()), "expert": list(self.expert.parameters())}
+        groups = {"vlm": list(self.vlm.parameters()), "expert": list(self.expert.parameters())}
+        return groups | self.exploration_group()
 
     def sharding_units(self) -> list[nn.Module]:
         return [

@@ -105,7 +105,8 @@ class QwenVLA(PromptedPolicy, PolicyWithFlow):
         return velocity
 
     def parameter_groups(self) -> dict[str, list[nn.Parameter]]:
-        return {"vlm": list(self.vlm.parameters()), "expert": list(self.expert.parameters())}
+        groups = {"vlm": list(self.vlm.parameters()), "expert": list(self.expert.parameters())}
+        return groups | self.exploration_group()
 
     def sharding_units(self) -> list[nn.Module]:
         return [*self.vlm.visual.blocks, *self.vlm.language_model.layers, *self.expert.blocks]

@@ -176,6 +176,7 @@ class TwinBrainVLA(Gr00tPolicy):
             "left": list(self.left.parameters()),
             "vlm": [*self.vlm.parameters(), *state],
             "expert": list(self.expert.parameters()),
+            **self.exploration_group(),
         }
 
     def sharding_units(self) -> list[nn.Module]:

@@ -364,7 +364,7 @@ class UAM(PromptedPolicy, PolicyWithFlow):
         if self.dorsal is not None:
             groups["dorsal"] = list(self.dorsal.parameters())
         latents = list(self.latents.parameters())
-        return groups | ({"latents": latents} if latents else {})
+        return groups | ({"latents": latents} if latents else {}) | self.exploration_group()
 
     def sharding_units(self) -> list[nn.Module]:
         dorsal = [] if self.dorsal is None else list(self.dorsal.layers)

@@ -225,6 +225,8 @@ def test_a_wrong_type_is_refused_with_key_value_and_what_it_must_be(override: st
         ("train", "algo.clip_epsilon=3", "3.0", "in (0, 1). Typical: 0.1 to 0.3"),
         ("train", "algo.clip_epsilon=0", "0.0", "in (0, 1)"),
         ("train", "algo.noise_level=0", "0.0", "positive. Typical: 0.3 to 0.7"),
+        ("train", "algo.sampler.window=0", "0", "at least 1"),
+        ("train", "algo.sampler.max_std=0", "0.0", "positive and finite, or null"),
         ("train", "algo.gamma=1.01", "1.01", "in [0, 1]"),
         ("train", "algo.gamma=nan", "nan", "in [0, 1]"),
         ("train", "algo.gae_lambda=-0.1", "-0.1", "in [0, 1]"),
