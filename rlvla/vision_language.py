@@ -140,11 +140,22 @@ class Reader:
         for count, message in enumerate(chat):
             if message["role"] != "assistant":
                 continue
-            before = self.tokenizer.apply_chat_template(chat[:count], tokenize=False, add_generation_prompt=True)
-            after = self.tokenizer.apply_chat_template(chat[: count + 1], tokenize=False)
+            before = self._render(chat[:count], add_generation_prompt=True)
+            after = self._render(chat[: count + 1])
+            if not (before.startswith(done) and after.startswith(before)):
+                raise ValueError(
+                    f"with answer {len(pieces) // 2 + 1} the tokenizer's chat template writes what is before it "
+                    "otherwise than without. Give every question as a conversation of its own: one user turn and the "
+                    "answer."
+                )
             pieces += [(before[len(done) :], False), (after[len(before) :], True)]
             done = after
         return pieces
+
+    def _render(self, chat: Sequence[Mapping[str, Any]], **how: Any) -> str:
+        # Without thoughts: templates that know them would have the model think first, past any limit of tokens.
+        text: str = self.tokenizer.apply_chat_template(chat, tokenize=False, enable_thinking=False, **how)
+        return text
 
     def _encode(self, pieces: Sequence[tuple[str, bool]], paths: Sequence[Path]) -> tuple[Tensor, Tensor, list[Tensor]]:
         images = [self._read(path) for path in paths]
