@@ -60,6 +60,7 @@ OPEN_KEYS = (
     "learning_rates.",
     "algo.learning_rates.",
     "algo.teacher.weights.",
+    "algo.reasoning_teacher.weights.",
 )
 """Mappings whose keys the suite, the checkpoint or the policy checks."""
 

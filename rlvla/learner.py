@@ -15,6 +15,7 @@ from rlvla.parallel import context_of, hold
 from rlvla.policies.base import ChunkPolicy, ValueHead, context_is_fixed, trained_groups
 from rlvla.policies.groups import check_groups, group_rates, require_gradients, trained_parameters
 from rlvla.ranks import ALONE, Group, naming_the_lost
+from rlvla.reasoning import ReasoningTeacher
 from rlvla.samplers import Likelihood, Sampler
 from rlvla.seeding import Stream, keyed_rng
 from rlvla.teachers import ActionTeacher
@@ -74,6 +75,7 @@ class Learner:
         group: Group = ALONE,
         strategy: LearnerStrategy = LearnerStrategy.ddp,
         teacher: ActionTeacher | None = None,
+        reasoning: ReasoningTeacher | None = None,
     ) -> None:
         self.policy, self.value_head, self.config = policy, value_head, config
         self.sampler, self.seed, self.total_iterations = sampler, seed, total_iterations
@@ -99,7 +101,7 @@ class Learner:
         # An optimizer of its own: in a critic-only update Adam's momentum must not move the policy.
         self._value_optimizer = torch.optim.Adam(value_head.parameters(), lr=config.value_lr, eps=1e-5)
         self._lr_scale = 1.0
-        self.teacher = teacher
+        self.teacher, self.reasoning = teacher, reasoning
         self._teacher_coef = config.teacher.coef
 
     @property
@@ -115,6 +117,7 @@ class Learner:
             "value_optimizer": self._value_optimizer.state_dict(),
             "lr_scale": self._lr_scale,
             **({"teacher_coef": self._teacher_coef} if self.teacher else {}),
+            **({"reasoning_coef": self.reasoning.coef} if self.reasoning else {}),
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
@@ -126,6 +129,8 @@ class Learner:
         self._lr_scale = float(state["lr_scale"])
         if self.teacher:
             self._teacher_coef = float(state["teacher_coef"])
+        if self.reasoning:
+            self.reasoning.coef = float(state["reasoning_coef"])
 
     def target_kl(self, iteration: int) -> float:
         """Linear from ``target_kl`` in the first iteration to ``final_target_kl`` in the last."""
@@ -237,6 +242,9 @@ class Learner:
                 total = total if pull is None else total + self._teacher_coef * pull
                 auxiliary = new.auxiliary.sum() / part.rows
                 self._backward(part.weight * (total + config.auxiliary_weight * auxiliary))
+                if self.reasoning:
+                    # A pass of its own after the first one's memory is free.
+                    self._hold_answers(self.reasoning, iteration, epoch, num_batches - before)
                 norm = self._clip_gradients()
                 if not np.isfinite(norm):
                     raise InvariantError(
@@ -268,8 +276,15 @@ class Learner:
         return {
             **{name: total / num_batches for name, total in sums.items()},
             "ppo/epochs": epoch + 1.0,
+            **(self.reasoning.report(group) if self.reasoning else {}),
             **self._checked,
         }
+
+    def _hold_answers(self, teacher: ReasoningTeacher, *key: int) -> None:
+        """Add the gradient of the divergence from the reasoning teacher's answers, on the conversations of a key."""
+        with naming_the_lost():
+            told = teacher.divergence(self._held.answers, self.group, key)
+            torch.autograd.backward(self.group.size * teacher.coef * told)
 
     def _entropy(self, likelihood: Likelihood, part: Minibatch) -> Tensor | None:
         """This rank's part of the minibatch's mean entropy over valid entries; None where it is a constant."""

@@ -310,6 +310,14 @@ def teacher_bytes(config: DoctorConfig, size: Footprint) -> int:
     return expert + (size.vlm_bytes if trains_vlm(config) and not size.vlm_adapters else 0)
 
 
+def reasoning_bytes(config: DoctorConfig, size: Footprint) -> int:
+    """Weights of a frozen reasoning teacher that are not the policy's own: its language model, but that of a run with
+    adapters that starts at it."""
+    teacher = config.algo.reasoning_teacher.policy
+    shares = teacher == START and size.vlm_adapters > 0
+    return 0 if teacher is None or shares else size.vlm_bytes - size.vlm_adapters
+
+
 def activation_bytes(config: DoctorConfig, size: Footprint) -> int:
     """What one minibatch keeps between its forward and its backward pass. The learner cuts equal parts, so that with k
     minibatches one may have 1 / 2k rows more than ``algo.minibatch_size``."""
@@ -331,6 +339,8 @@ def standing_items(config: DoctorConfig, size: Footprint) -> list[Item]:
     ]
     if config.algo.teacher.policy is not None:
         items.append(Item("the frozen teacher, but for what it shares", teacher))
+    if config.algo.reasoning_teacher.policy is not None:
+        items.append(Item("the frozen reasoning teacher, but for what it shares", reasoning_bytes(config, size)))
     return items
 
 
@@ -373,8 +383,9 @@ def worst_phases(
         ("loading", [*base, Item("weights", weights), Item("weights as read from the file", weights)])
     ]
     found = []
-    if config.algo.teacher.policy is not None:
-        host[0][1].append(Item("the teacher's weights", weights))
+    for teacher in (config.algo.teacher, config.algo.reasoning_teacher):
+        if teacher.policy is not None:
+            host[0][1].append(Item("a teacher's weights", weights))
     learner = list(learner_phases(config, size, on_gpu=on_gpu))
     if on_gpu:
         cuda = Item("CUDA itself", CUDA_DEVICE_MB * MB)

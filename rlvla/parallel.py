@@ -27,6 +27,7 @@ from rlvla.policies.base import ChunkPolicy, Context
 from rlvla.policies.policy import Policy
 from rlvla.ranks import Group
 from rlvla.samplers import Likelihood, Sampler
+from rlvla.vision_language import answer_logits
 
 
 class Scored(NamedTuple):
@@ -57,13 +58,20 @@ def score(policy: ChunkPolicy, batch: TensorDict, sampler: Sampler) -> Scored:
 
 
 class Scorer(nn.Module):
-    """`score` as the one forward of a module: the hooks of DDP and FSDP2 see nothing else of a policy."""
+    """`score`, or `answer_logits` of the backbone, as the one forward of a module: the hooks of DDP and FSDP2 see
+    nothing else of a policy."""
 
     def __init__(self, policy: ChunkPolicy) -> None:
         super().__init__()
         self.policy = policy
 
-    def forward(self, batch: TensorDict, sampler: Sampler) -> Scored:
+    def forward(self, batch: Any, sampler: Sampler | None = None) -> Any:
+        """
+        Args:
+            batch: decisions; without a sampler, conversations as `rlvla.vision_language.Reader` makes them.
+        """
+        if sampler is None:
+            return answer_logits(cast(Any, self.policy).vlm, batch)
         return score(self.policy, batch, sampler)
 
 
@@ -80,6 +88,10 @@ class Whole:
     def score(self, batch: TensorDict, sampler: Sampler) -> Scored:
         """All ranks call it equally often."""
         return score(self.policy, batch, sampler)
+
+    def answers(self, conversations: Mapping[str, Tensor]) -> Float[Tensor, "N V"]:
+        """`answer_logits` of the backbone; all ranks call it equally often."""
+        return answer_logits(cast(Any, self.policy).vlm, conversations)
 
     def lend(self) -> None:
         """Before the epochs: the acting policy need not hold weights until `give_back`."""
@@ -115,6 +127,9 @@ class Averaged(Whole):
     def score(self, batch: TensorDict, sampler: Sampler) -> Scored:
         return cast(Scored, self._module(batch, sampler))
 
+    def answers(self, conversations: Mapping[str, Tensor]) -> Float[Tensor, "N V"]:
+        return cast(Tensor, self._module(conversations))
+
 
 class Split(Whole):
     """FSDP2: every rank trains its part of each parameter and gathers a block's parameters when it runs."""
@@ -137,6 +152,9 @@ class Split(Whole):
 
     def score(self, batch: TensorDict, sampler: Sampler) -> Scored:
         return cast(Scored, self._module(batch, sampler))
+
+    def answers(self, conversations: Mapping[str, Tensor]) -> Float[Tensor, "N V"]:
+        return cast(Tensor, self._module(conversations))
 
     def lend(self) -> None:
         for parameter in self._acting:

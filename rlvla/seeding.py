@@ -24,6 +24,7 @@ class Stream(IntEnum):
     SFT = 6
     VISION_LANGUAGE = 7
     BOOTSTRAP = 8
+    REASONING = 9
 
 
 def keyed_rng(seed: int, stream: Stream, *key: int) -> np.random.Generator:

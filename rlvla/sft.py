@@ -17,18 +17,21 @@ from rlvla.distill import twin_teacher
 from rlvla.policies.action_stats import ActionStats
 from rlvla.policies.architectures import architecture
 from rlvla.policies.base import context_is_fixed, trained_groups
-from rlvla.policies.exploration import has_latent
+from rlvla.policies.exploration import drop_explorer, has_latent
 from rlvla.policies.folder import load_policy, save_policy
 from rlvla.policies.groups import check_groups, group_rates, require_gradients, trained_parameters
 from rlvla.policies.lora import adapted, add_lora, describe_lora
 from rlvla.policies.policy import Policy
 from rlvla.policies.processor import load_tokenizer, train_tokenizer
 from rlvla.policies.prompted import PromptedPolicy, prompts_for_tokenizer
+from rlvla.reasoning import frozen_vlm
 from rlvla.run import Run, pick_device
 from rlvla.samplers import evaluation_sampler
 from rlvla.seeding import Stream, keyed_rng, normal, seed_torch
 from rlvla.sft_examples import examples_of
-from rlvla.vision_language import Reader, load_chats, next_token_loss, to_device
+from rlvla.teachers import START
+from rlvla.vision_language import Reader, answer_logits, answer_loss, load_chats, to_device
+from rlvla_algos.distill import token_kl
 from rlvla_envs.base import ActionComponent, Camera, EnvSpec, require_match
 
 
@@ -75,11 +78,11 @@ def fit(
         The averaged weights when ``ema_decay`` is set, else None.
     """
     examples = examples_of(policy, demonstrations, config)
-    questions = Questions(policy, config) if config.vision_language.dataset else None
     check_groups(policy, config.freeze, "freeze")
     names = trained_groups(policy, config.train_vlm, config.freeze)
     rates = group_rates(policy, names, config.learning_rates, config.lr, key="learning_rates")
     require_gradients(policy, names)
+    questions = Questions(policy, config, device) if config.vision_language.dataset else None
     groups = trained_parameters(policy, names)
     trained = [p for parameters in groups.values() for p in parameters]
     optimizer = torch.optim.AdamW(
@@ -117,9 +120,9 @@ def fit(
         torch.autograd.backward(loss)
         if questions is not None:
             # A pass of its own after the first one's memory is free.
-            told = questions.loss(step, device)
-            torch.autograd.backward(config.vision_language.weight * told)
-            losses["loss/vision_language"] = float(told.detach())
+            told, measured = questions.loss(step)
+            torch.autograd.backward(told)
+            losses |= measured
         norm = nn.utils.clip_grad_norm_(trained, config.max_grad_norm)
         for name, error in losses.items():
             if not math.isfinite(error):
@@ -141,21 +144,42 @@ def fit(
 class Questions:
     """Vision-language data that is learnt beside the actions, so that the backbone keeps its other abilities."""
 
-    def __init__(self, policy: Policy, config: SFTConfig) -> None:
+    def __init__(self, policy: Policy, config: SFTConfig, device: str) -> None:
+        """
+        Args:
+            policy: with ``requires_grad`` set on what is trained.
+        """
         if not isinstance(policy, PromptedPolicy):
             raise ConfigError(
                 f"vision_language.dataset is for policies that read prompts by a language model with its own words; "
                 f"{policy.config.name} is none. Leave it out."
             )
-        assert config.vision_language.dataset is not None
-        self._policy, self._config, self._reader = policy, config, Reader(policy)
-        self._chats = load_chats(Path(config.vision_language.dataset))
+        self._policy, self._config, self._reader, self._device = policy, config, Reader(policy), device
+        own = config.vision_language
+        assert own.dataset is not None
+        self._chats = load_chats(Path(own.dataset))
+        self._teacher: Any = None
+        if own.teacher is not None:
+            folder = Path((config.start or "") if own.teacher == START else own.teacher)
+            self._teacher = frozen_vlm(folder, policy, device, key="vision_language.teacher")
 
-    def loss(self, step: int, device: str) -> torch.Tensor:
+    def loss(self, step: int) -> tuple[torch.Tensor, dict[str, float]]:
+        """Weighted, of one step's conversations; and its parts without their weights, by the names they are logged
+        under."""
+        own = self._config.vision_language
         rng = keyed_rng(self._config.seed, Stream.VISION_LANGUAGE, step)
-        rows = rng.integers(len(self._chats), size=self._config.vision_language.batch_size)
-        batch = self._reader.batch([self._chats[row] for row in rows])
-        return next_token_loss(self._policy.vlm, to_device(batch, device))
+        rows = rng.integers(len(self._chats), size=own.batch_size)
+        batch = to_device(self._reader.batch([self._chats[row] for row in rows]), self._device)
+        logits = answer_logits(self._policy.vlm, batch)
+        told = answer_loss(logits, batch)
+        loss, measured = own.weight * told, {"loss/vision_language": float(told.detach())}
+        if self._teacher is not None:
+            with torch.no_grad():
+                wanted = answer_logits(self._teacher, batch)
+            pull = token_kl(logits, wanted).mean()
+            loss = loss + own.teacher_coef * pull
+            measured["loss/reasoning"] = float(pull.detach())
+        return loss, measured
 
 
 def build_policy(config: SFTConfig, env_spec: EnvSpec, demonstrations: Demonstrations) -> Policy:
@@ -174,7 +198,7 @@ def build_policy(config: SFTConfig, env_spec: EnvSpec, demonstrations: Demonstra
                 "fit the flow that SFT makes of it. Start from the policy before that run."
             )
         # Of steps' noise: it explores for the flow as it was.
-        before.explorer = None  # type: ignore[attr-defined]
+        drop_explorer(before)
         policy = architecture(before.config.name).policy(before.config, env_spec, stats, before.tokenizer)
         try:
             policy.load_state_dict(before.state_dict())

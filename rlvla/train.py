@@ -23,6 +23,7 @@ from rlvla.policies.groups import require_gradients
 from rlvla.policies.lora import adapted, add_lora, describe_lora
 from rlvla.policies.policy import Policy
 from rlvla.ranks import ALONE, Group, share
+from rlvla.reasoning import load_reasoning_teacher
 from rlvla.recovery import Incident
 from rlvla.report import write_report
 from rlvla.run import Run, check_output, pick_device
@@ -88,6 +89,9 @@ def prepare(config: TrainConfig, group: Group) -> Side:
         group=group,
         strategy=config.learners.strategy,
         teacher=load_teacher(config.algo, policy, Path(config.policy), device),
+        reasoning=load_reasoning_teacher(
+            config.algo.reasoning_teacher, policy, Path(config.policy), device, seed=config.seed
+        ),
     )
     actor = Actor(policy, block=config.inference_batch, device=device)
     return Side(config, group, policy, value_head, sampler, learner, actor)

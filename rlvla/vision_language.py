@@ -5,9 +5,10 @@ One JSON object a line, as Qwen's and other trainers read them:
     {"messages": [{"role": "user", "content": [{"type": "image", "image": "photo.png"},
                                                {"type": "text", "text": "What is red?"}]},
                   {"role": "assistant", "content": "the cube"}],
-     "choices": ["the cube", "the plate"]}
+     "choices": ["the cube", "the plate"], "domain": "tabletop"}
 
-Image paths are relative to the file. ``choices`` is optional and only read where answers are scored.
+Image paths are relative to the file. ``choices`` is optional and only read where answers are scored; ``domain`` is what
+a reasoning teacher's weights name it by, the name of its file where there is none.
 """
 
 import json
@@ -18,7 +19,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from jaxtyping import Float
+from jaxtyping import Bool, Float
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -37,6 +38,7 @@ class Chat:
     messages: tuple[Mapping[str, Any], ...]
     images: tuple[Path, ...]
     choices: tuple[str, ...] = ()
+    domain: str = ""
 
     @property
     def answer(self) -> str:
@@ -59,7 +61,7 @@ def load_chats(path: Path) -> list[Chat]:
         if not line.strip():
             continue
         try:
-            chats.append(_chat(json.loads(line), path.parent))
+            chats.append(_chat(json.loads(line), path))
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise ValueError(
                 f"{path}, line {number}: {type(error).__name__}: {error}. A line is an object with messages, a list of "
@@ -71,7 +73,7 @@ def load_chats(path: Path) -> list[Chat]:
     return chats
 
 
-def _chat(data: Any, folder: Path) -> Chat:
+def _chat(data: Any, path: Path) -> Chat:
     messages = tuple(data["messages"])
     images = []
     for message in messages:
@@ -79,7 +81,7 @@ def _chat(data: Any, folder: Path) -> Chat:
             raise ValueError(f"the role {message['role']!r} is none of system, user, assistant")
         for part in _parts(message):
             if part["type"] == "image":
-                images.append(folder / part["image"])
+                images.append(path.parent / part["image"])
                 if not images[-1].is_file():
                     raise ValueError(f"the image {images[-1]} is not there")
             elif part["type"] != "text":
@@ -91,7 +93,7 @@ def _chat(data: Any, folder: Path) -> Chat:
     choices = tuple(str(choice) for choice in data.get("choices", ()))
     if choices and _text(messages[-1]) not in choices:
         raise ValueError(f"the answer {_text(messages[-1])!r} is none of the choices {list(choices)}")
-    return Chat(messages, tuple(images), choices)
+    return Chat(messages, tuple(images), choices, str(data.get("domain", path.stem)))
 
 
 def _parts(message: Mapping[str, Any]) -> Sequence[Mapping[str, str]]:
@@ -133,16 +135,28 @@ class Reader:
     def _segments(self, messages: Sequence[Mapping[str, Any]]) -> list[tuple[str, bool]]:
         """The chat text in pieces, each with whether it is an answer. Tokenised one by one, so that a question has the
         same tokens while it is learnt from and while it is asked."""
-        pieces, done = [], ""
+        pieces: list[tuple[str, bool]] = []
+        done = ""
         chat = [{"role": m["role"], "content": [dict(part) for part in _parts(m)]} for m in messages]
         for count, message in enumerate(chat):
             if message["role"] != "assistant":
                 continue
-            before = self.tokenizer.apply_chat_template(chat[:count], tokenize=False, add_generation_prompt=True)
-            after = self.tokenizer.apply_chat_template(chat[: count + 1], tokenize=False)
+            before = self._render(chat[:count], add_generation_prompt=True)
+            after = self._render(chat[: count + 1])
+            if not (before.startswith(done) and after.startswith(before)):
+                raise ValueError(
+                    f"with answer {len(pieces) // 2 + 1} the tokenizer's chat template writes what is before it "
+                    "otherwise than without. Give every question as a conversation of its own: one user turn and the "
+                    "answer."
+                )
             pieces += [(before[len(done) :], False), (after[len(before) :], True)]
             done = after
         return pieces
+
+    def _render(self, chat: Sequence[Mapping[str, Any]], **how: Any) -> str:
+        # Without thoughts: templates that know them would have the model think first, past any limit of tokens.
+        text: str = self.tokenizer.apply_chat_template(chat, tokenize=False, enable_thinking=False, **how)
+        return text
 
     def _encode(self, pieces: Sequence[tuple[str, bool]], paths: Sequence[Path]) -> tuple[Tensor, Tensor, list[Tensor]]:
         images = [self._read(path) for path in paths]
@@ -195,27 +209,44 @@ class Reader:
         return batch
 
 
-def answer_log_probs(vlm: Any, batch: Mapping[str, Tensor]) -> tuple[Float[Tensor, "B S1"], Tensor]:
-    """Log-probability of each token of the answers, 0 elsewhere, and where they are.
+def answer_places(batch: Mapping[str, Tensor]) -> Bool[Tensor, "B S1"]:
+    """Where the next token is one of an answer."""
+    return batch["labels"][:, 1:] != IGNORED
+
+
+def answer_logits(vlm: Any, batch: Mapping[str, Tensor]) -> Float[Tensor, "N V"]:
+    """What is said of the next token at each of the N `answer_places`.
 
     The output layer is the embedding: the sizes whose layers are not tied keep theirs in ``lm_head``, which a policy
     does not have.
     """
     inputs = {name: tensor for name, tensor in batch.items() if name != "labels"}
     hidden = vlm(**inputs, use_cache=False).last_hidden_state[:, :-1]
-    wanted = batch["labels"][:, 1:]
-    asked = wanted != IGNORED
-    found = hidden.new_zeros(wanted.shape, dtype=torch.float32)
     # Of the answers' tokens alone: a vocabulary of 248,320 for every token of an image would be gigabytes.
-    logits = F.linear(hidden[asked], vlm.get_input_embeddings().weight).float()
+    return F.linear(hidden[answer_places(batch)], vlm.get_input_embeddings().weight).float()
+
+
+def answer_log_probs(vlm: Any, batch: Mapping[str, Tensor]) -> tuple[Float[Tensor, "B S1"], Bool[Tensor, "B S1"]]:
+    """Log-probability of each token of the answers, 0 elsewhere, and where they are."""
+    wanted, asked = batch["labels"][:, 1:], answer_places(batch)
+    logits = answer_logits(vlm, batch)
+    found = logits.new_zeros(wanted.shape)
     chosen = logits.log_softmax(dim=-1).gather(-1, wanted[asked][:, None])[:, 0]
     return found.masked_scatter(asked, chosen), asked
 
 
+def answer_loss(logits: Float[Tensor, "N V"], batch: Mapping[str, Tensor]) -> Float[Tensor, ""]:
+    """Mean negative log-likelihood of the answers' tokens (Qwen-VLA, equation 3).
+
+    Args:
+        logits: by `answer_logits`.
+    """
+    return F.cross_entropy(logits, batch["labels"][:, 1:][answer_places(batch)])
+
+
 def next_token_loss(vlm: Any, batch: Mapping[str, Tensor]) -> Float[Tensor, ""]:
-    """Mean negative log-likelihood of the answers' tokens (Qwen-VLA, equation 3)."""
-    log_prob, asked = answer_log_probs(vlm, batch)
-    return -log_prob.sum() / asked.sum().clamp(min=1)
+    """`answer_loss` of a backbone."""
+    return answer_loss(answer_logits(vlm, batch), batch)
 
 
 def to_device(batch: Mapping[str, Tensor], device: str) -> dict[str, Tensor]:

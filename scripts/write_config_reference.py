@@ -36,7 +36,7 @@ A verb takes `key=value` words in any order: `rlvla train policy=PATH algo.targe
 `rlvla sft`, `policy=NAME` choose a [YAML file](#yaml-files); every other key sets one value. `null` means none.
 `suite.options.KEY=VALUE` and `task_weights.TASK=VALUE` add entries; which there are, the suite says. So do
 `learning_rates.GROUP=VALUE` and, for `rlvla train`, `algo.learning_rates.GROUP=VALUE`, for the policy's parameter
-groups, and `algo.teacher.weights.TASK=VALUE`.
+groups, `algo.teacher.weights.TASK=VALUE` and `algo.reasoning_teacher.weights.DOMAIN=VALUE`.
 
 Words without a key are policy folders (`eval`, `compare`) or suites (`suites`).
 

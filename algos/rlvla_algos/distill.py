@@ -8,6 +8,8 @@ mean alone:
 
 For the flow SDE g = -dt (1 + a^2 / 2) at 0 < tau < 1, so the factor is dt (1 + a^2 / 2)^2 (1 - tau) / (2 a^2 tau). At
 tau = 1 it is dt^2 / (2 a^2).
+
+Of two language models the divergence is that of their next tokens, KL(teacher || student), summed over the vocabulary.
 """
 
 from typing import Literal, get_args
@@ -85,6 +87,17 @@ def distillation_loss(
     distances, counts = chunk_log_ratio(distances, torch.zeros_like(distances), mask, reduction)
     weighted = distances * weight.reshape(-1, *[1] * (distances.ndim - 1))
     return (weighted * counts).sum() / (counts.sum().clamp(min=1) if totals is None else max(1.0, totals.entries))
+
+
+def token_kl(logits: Float[Tensor, "N V"], teacher_logits: Float[Tensor, "N V"]) -> Float[Tensor, " N"]:
+    """KL(teacher || student) of next-token distributions, exact over the vocabulary, in nats.
+
+    Examples:
+        >>> token_kl(torch.zeros(1, 2), torch.tensor([[3.0, 1.0]]).log())
+        tensor([0.1308])
+    """
+    wanted = teacher_logits.log_softmax(dim=-1)
+    return (wanted.exp() * (wanted - logits.log_softmax(dim=-1))).sum(dim=-1)
 
 
 def steer_coefficient(coefficient: float, kl: float, target: float, start: float) -> float:

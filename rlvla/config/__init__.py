@@ -1,6 +1,15 @@
 """Every option of every verb: its name, type, default, meaning and limits. YAML under configs/ holds values only."""
 
-from rlvla.config.algo import AlgoConfig, Discount, Distance, LoraConfig, LRSchedule, Reduction, TeacherConfig
+from rlvla.config.algo import (
+    AlgoConfig,
+    Discount,
+    Distance,
+    LoraConfig,
+    LRSchedule,
+    ReasoningTeacherConfig,
+    Reduction,
+    TeacherConfig,
+)
 from rlvla.config.checks import MISSING, ConfigError, check_common, check_rates, require
 from rlvla.config.evaluation import (
     CompareConfig,
@@ -47,6 +56,7 @@ __all__ = [
     "LoraConfig",
     "NoiseSchedule",
     "Process",
+    "ReasoningTeacherConfig",
     "Reduction",
     "SFTConfig",
     "SamplerConfig",

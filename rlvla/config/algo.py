@@ -97,6 +97,48 @@ class TeacherConfig:
 
 
 @dataclass(kw_only=True)
+class ReasoningTeacherConfig:
+    """A frozen language model whose answers to questions the policy's is kept near, while PPO trains it
+    (docs/mathematics.md#the-reasoning-teacher)."""
+
+    policy: str | None = None
+    """Policy folder with a language model of the same tokens, or start: the policy the run begins with. null: none.
+    Needs algo.train_vlm=true: a frozen backbone forgets nothing."""
+    datasets: tuple[str, ...] = ()
+    """Files of conversations, one JSON object a line (docs/how-to/keep-the-language-model.md)."""
+    batch_size: int = 4
+    """Conversations beside each minibatch, of all learners together. Each costs a pass of the teacher and a pass
+    forward and back of the policy."""
+    coef: float = 1.0
+    """Weight of the divergence beside the policy loss, at the start where target_kl is set."""
+    target_kl: float | None = None
+    """Divergence from the teacher, in nats per answer token, that the coefficient is steered to after every update;
+    null keeps the coefficient."""
+    weights: dict[str, float] = field(default_factory=dict)
+    """How much the divergence counts in each domain, by name: a conversation's own, or its file's name without .jsonl.
+    Domains left out count 1; those of weight 0 are not asked about."""
+
+    def __post_init__(self) -> None:
+        self.datasets = tuple(self.datasets)
+        key = "algo.reasoning_teacher"
+        require(0 < self.coef < math.inf, f"{key}.coef", self.coef, "positive and finite. Usual: 0.1 to 10")
+        require(
+            self.target_kl is None or 0 < self.target_kl < math.inf,
+            f"{key}.target_kl",
+            self.target_kl,
+            "positive and finite, or null. Usual: 0.01 to 0.1",
+        )
+        require(self.batch_size >= 1, f"{key}.batch_size", self.batch_size, "at least 1")
+        for name, weight in self.weights.items():
+            require(0 <= weight < math.inf, f"{key}.weights.{name}", weight, "0 or more and finite")
+        if self.policy is not None:
+            require(bool(self.datasets), f"{key}.datasets", [], f"one file or more with {key}.policy={self.policy}")
+        for name in ("datasets", "target_kl", "weights"):
+            given = getattr(self, name)
+            require(self.policy is not None or not given, f"{key}.{name}", given, f"left out without {key}.policy")
+
+
+@dataclass(kw_only=True)
 class AlgoConfig:
     """Chunk-level PPO on one Gaussian denoising step (Qwen-VLA, section 4.2; docs/mathematics.md)."""
 
@@ -165,6 +207,7 @@ class AlgoConfig:
     learning_rates: dict[str, float] = field(default_factory=dict)
     """Rate of a trained group by name, instead of policy_lr and vlm_lr. lr_schedule moves all of them together."""
     teacher: TeacherConfig = field(default_factory=TeacherConfig)
+    reasoning_teacher: ReasoningTeacherConfig = field(default_factory=ReasoningTeacherConfig)
     critic_only_iterations: int = 1
     """First iterations that train the critic only."""
     min_successes: int = 8
@@ -181,6 +224,13 @@ class AlgoConfig:
         self.value_hidden_sizes = tuple(self.value_hidden_sizes)
         self.freeze = tuple(self.freeze)
         check_rates(self.learning_rates, "algo.learning_rates")
+        require(
+            self.reasoning_teacher.policy is None or (self.train_vlm and "vlm" not in self.freeze),
+            "algo.reasoning_teacher.policy",
+            self.reasoning_teacher.policy,
+            "null with algo.train_vlm=false or algo.freeze=[vlm]: a backbone that is not trained answers as it did. To "
+            "train it, whole or by adapters (lora.rank), set algo.train_vlm=true",
+        )
         require(
             0 < self.clip_epsilon < 1,
             "algo.clip_epsilon",

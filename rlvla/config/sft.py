@@ -45,9 +45,22 @@ class VisionLanguageConfig:
     """Of their next-token loss beside the flow-matching loss. The paper's is 0.1."""
     batch_size: int = 4
     """Conversations per step."""
+    teacher: str | None = None
+    """Frozen reasoning teacher whose distribution over each answer token is learnt as well (DualVLA): a policy folder
+    with a language model of the same tokens, or start: what start= names. null: none."""
+    teacher_coef: float = 1.0
+    """Weight of the divergence from it; with vision_language.weight=0 it replaces the next-token loss."""
 
     def __post_init__(self) -> None:
-        require(0 <= self.weight < math.inf, "vision_language.weight", self.weight, "0 or more and finite")
+        key = "vision_language"
+        require(0 <= self.weight < math.inf, f"{key}.weight", self.weight, "0 or more and finite")
+        require(
+            self.teacher is None or self.dataset is not None,
+            f"{key}.teacher",
+            self.teacher,
+            f"null without {key}.dataset",
+        )
+        require(0 < self.teacher_coef < math.inf, f"{key}.teacher_coef", self.teacher_coef, "positive and finite")
         require(self.batch_size >= 1, "vision_language.batch_size", self.batch_size, "at least 1")
 
 
@@ -124,6 +137,12 @@ class SFTConfig:
             "tokenizer",
             self.tokenizer,
             "null with start=: a policy brings its own",
+        )
+        require(
+            self.start is not None or self.vision_language.teacher != "start",
+            "vision_language.teacher",
+            "start",
+            "a policy folder without start=: a policy that starts anew knows nothing yet",
         )
         require(self.sequence_length >= 0, "sequence_length", self.sequence_length, "0 (chunks) or more")
         require(

@@ -9,7 +9,7 @@ import json
 import math
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal, cast
+from typing import Any, Literal, cast
 
 import torch
 from jaxtyping import Float, Int
@@ -81,6 +81,10 @@ class Explorer(nn.Module):
         return 0.5 * (low + high) + 0.5 * (high - low) * torch.tanh(raw)
 
 
+def drop_explorer(policy: ChunkPolicy) -> None:
+    cast(Any, policy).explorer = None
+
+
 def explorer_of(policy: ChunkPolicy, role: Role) -> Explorer:
     """The explorer of a policy.
 
@@ -127,7 +131,7 @@ def add_explorer(policy: ChunkPolicy, algo: AlgoConfig) -> None:
         )
     if not config.learns or has_distribution(policy):
         if had is not None:
-            policy.explorer = None  # type: ignore[attr-defined]
+            drop_explorer(policy)
         return
     low, high = config.std_range
     shape = Shape(

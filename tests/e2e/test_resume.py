@@ -1,5 +1,6 @@
 """A process that is killed loses an iteration at most, and nobody can tell from the result that it was."""
 
+import json
 from pathlib import Path
 
 import pytest
@@ -8,6 +9,16 @@ from tests.e2e.runs import TOY, TRAIN, assert_kills_leave_no_trace, finish, kill
 
 SMALL = ["policy=qwen_vla_toy", "steps=20", "batch_size=8"]
 ADAPTERS = ["algo.train_vlm=true", "lora.rank=2", "lora.groups=[vlm]", "algo.learning_rates={vlm: 1e-4}"]
+
+
+def reasoning_teacher(folder: Path) -> list[str]:
+    """Settings of a teacher whose questions and coefficient must go on as well."""
+    question = {"role": "user", "content": "what is there?"}
+    answers = [{"role": "assistant", "content": "word " * n} for n in range(1, 9)]
+    path = folder / "questions.jsonl"
+    path.write_text("\n".join(json.dumps({"messages": [question, answer]}) for answer in answers))
+    own = ["policy=start", f"datasets=[{path}]", "target_kl=1e-4", "batch_size=2"]
+    return [f"algo.reasoning_teacher.{setting}" for setting in own]
 
 
 @pytest.mark.parametrize(
@@ -22,6 +33,8 @@ def test_a_run_that_is_killed_ends_with_the_bits_of_one_that_was_not(
     settings: list[str], schedule: str, moments: tuple[str, ...], tmp_path: Path
 ) -> None:
     policy = make_policy(tmp_path, TOY, *SMALL)
+    if settings is ADAPTERS:
+        settings = [*ADAPTERS, *reasoning_teacher(tmp_path)]
     common = [*TOY, *TRAIN, *settings, f"policy={policy}", "iterations=6"]
     assert_kills_leave_no_trace(tmp_path, common, moments=moments, undisturbed=schedule, schedule=schedule)
 

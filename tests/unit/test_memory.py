@@ -24,6 +24,7 @@ from rlvla.memory import (
     disk_bytes,
     max_decisions,
     plan_run,
+    reasoning_bytes,
     rollout_bytes,
     teacher_bytes,
     trained_bytes,
@@ -140,6 +141,23 @@ def test_a_teacher_takes_what_it_does_not_share() -> None:
     without, shared = doctor("policy=qwen_vla_4b"), doctor("policy=qwen_vla_4b", "algo.teacher.policy=start")
     totals = [worst_phases(c, size_of(c), Machine(has_gpu=True))[0].total for c in (without, shared)]
     assert totals[1] - totals[0] == size_of(without).expert_bytes
+
+
+def test_a_reasoning_teacher_takes_the_language_model_unless_adapters_are_trained() -> None:
+    def taken(*settings: str) -> tuple[Footprint, int]:
+        config = doctor("policy=qwen_vla_4b", "algo.train_vlm=true", *settings)
+        size = size_of(config)
+        return size, reasoning_bytes(config, size)
+
+    start = ["algo.reasoning_teacher.policy=start", "algo.reasoning_teacher.datasets=[questions.jsonl]"]
+    assert taken()[1] == 0
+    size, own = taken(*start)
+    assert own == size.vlm_bytes
+    assert taken(*start, "lora.rank=8")[1] == 0
+    assert taken("algo.reasoning_teacher.policy=another", start[1], "lora.rank=8")[1] == own
+    plans = [doctor("policy=qwen_vla_4b", "algo.train_vlm=true", *more) for more in ([], start)]
+    totals = [worst_phases(c, size_of(c), Machine(has_gpu=True))[0].total for c in plans]
+    assert totals[1] - totals[0] == own
 
 
 @pytest.mark.parametrize("train_vlm", [False, True])

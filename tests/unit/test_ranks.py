@@ -1,5 +1,6 @@
 """Several learners make the update that one makes: two gloo processes with uneven shares against one."""
 
+import json
 import math
 import multiprocessing
 import traceback
@@ -11,18 +12,32 @@ import pytest
 import torch
 from tensordict import TensorDict
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
-from rlvla.config import AlgoConfig, LearnerStrategy, LoraConfig, LRSchedule, Reduction, TeacherConfig
+from rlvla.config import (
+    AlgoConfig,
+    LearnerStrategy,
+    LoraConfig,
+    LRSchedule,
+    ReasoningTeacherConfig,
+    Reduction,
+    TeacherConfig,
+)
 from rlvla.learner import InvariantError, Learner
 from rlvla.parallel import score
 from rlvla.policies.base import Context, ValueHead
+from rlvla.policies.folder import load_policy, save_policy
+from rlvla.policies.groups import require_gradients
 from rlvla.policies.lora import add_lora
 from rlvla.ranks import ALONE, Group, join, leave
+from rlvla.reasoning import load_reasoning_teacher
 from rlvla.samplers import DistributionSampler, FlowSampler
 from rlvla.teachers import ActionTeacher
 from rlvla.train import add_advantages
 from rlvla_algos.distribution import NormalBernoulli
 from rlvla_algos.flow import Schedule, flow_sde_schedule
+from rlvla_envs.base import SuiteConfig
+from rlvla_envs.suites import make_env
 
 STRATEGIES = [LearnerStrategy.ddp, LearnerStrategy.fsdp]
 EPISODES, DECISIONS, H, K, WIDTH = 13, 6, 3, 2, 10
@@ -375,6 +390,67 @@ def test_two_ranks_are_pulled_by_a_teacher_as_one_is(tmp_path: Path) -> None:
     # It has something to compare: the teacher is another policy, and the coefficient was steered.
     assert [row.get("ppo/teacher_coef") for row in alone["metrics"]] == [None, 3.0, 4.5]
     assert alone["metrics"][2]["ppo/teacher_kl"] > 0.015
+
+
+def hold_answers(group: Group, strategy: LearnerStrategy, folder: Path, conversations: int) -> Any:
+    """Gradients of a real backbone by a reasoning teacher's answers on two minibatches, and what was measured."""
+    policy = load_policy(folder / "student").double()
+    require_gradients(policy, ["expert", "vlm"])
+    datasets = (str(folder / "questions.jsonl"),)
+    config = ReasoningTeacherConfig(policy=str(folder / "teacher"), datasets=datasets, batch_size=conversations)
+    teacher = load_reasoning_teacher(config, policy, folder, "cpu", seed=0)
+    assert teacher is not None
+    teacher.vlm.double()
+    learner = Learner(
+        policy,
+        ValueHead(policy.value_size).double(),
+        AlgoConfig(train_vlm=True, reasoning_teacher=config),
+        FlowSampler(flow_sde_schedule(4, 0.5)),
+        seed=0,
+        total_iterations=1,
+        group=group,
+        strategy=strategy,
+        reasoning=teacher,
+    )
+    for number in range(2):
+        learner._hold_answers(teacher, 0, 0, number)
+    gradients = [p.grad for p in learner._held.parameter_groups()["vlm"]]
+    whole = [g.full_tensor() if isinstance(g, DTensor) else g for g in gradients]
+    return {"gradients": [g if g is None else g.abs().sum() for g in whole], "measured": teacher.report(group)}
+
+
+@pytest.mark.parametrize("strategy", STRATEGIES)
+# The second rank has one conversation of three, and none of one.
+@pytest.mark.parametrize("conversations", [3, 1])
+def test_two_ranks_are_pulled_by_a_reasoning_teacher_as_one_is(
+    strategy: LearnerStrategy, conversations: int, make_policy: Callable[..., Any], tmp_path: Path
+) -> None:
+    spec = make_env(SuiteConfig(name="toy", image_size=32), 1).spec
+    policy = make_policy("qwen_vla_toy", spec)
+    save_policy(policy, tmp_path / "student")
+    with torch.no_grad():
+        for parameter in policy.vlm.parameters():
+            parameter += 0.05 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(1))
+    save_policy(policy, tmp_path / "teacher")
+    lines = [
+        {"messages": [{"role": "user", "content": "sum?"}, {"role": "assistant", "content": answer}], "domain": answer}
+        for answer in ("four", "it is five, I think", "no")
+    ]
+    (tmp_path / "questions.jsonl").write_text("\n".join(map(json.dumps, lines)))
+    alone = hold_answers(ALONE, strategy, tmp_path, conversations)
+    both = done(on_two_ranks(tmp_path / "run", hold_answers, strategy, tmp_path, conversations))
+    assert both[0]["measured"] == both[1]["measured"]
+    assert both[0]["measured"] == pytest.approx(alone["measured"], rel=1e-5)
+    moved = 0
+    for of_one, *of_two in zip(alone["gradients"], *(found["gradients"] for found in both), strict=True):
+        for found in of_two:
+            # The layers compute in single precision, and padding is another.
+            if of_one is None:
+                assert found is None or not found.any()
+            else:
+                moved += 1
+                torch.testing.assert_close(found, of_one, rtol=1e-4, atol=1e-7)
+    assert moved > 20
 
 
 @pytest.mark.parametrize("strategy", STRATEGIES)

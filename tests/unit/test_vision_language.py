@@ -1,5 +1,6 @@
 """Questions about images: what is learnt from them, what is answered, and what is lost."""
 
+import copy
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -58,6 +59,35 @@ def test_only_the_answers_are_learnt_and_each_of_their_tokens(policy: Any, write
     # 40 x 20 pixels are 2.5 x 1.25 merged patches of 16: rounded to 2 x 1.
     assert int(batch["mm_token_type_ids"].sum()) == 2
     assert batch["image_grid_thw"].tolist() == [[1, 2, 4]]
+
+
+THINKING = (
+    "{% for m in messages %}<|im_start|>{{ m.role }}\n"
+    "{% if m.role == 'assistant' and loop.last %}<think>\n\n</think>\n\n{% endif %}"
+    "{% for part in m.content %}{{ part.text }}{% endfor %}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n"
+    "<think>\n{% if enable_thinking is false %}{{ '\n' }}</think>\n\n{% endif %}{% endif %}"
+)
+"""As Qwen's models that think have it: thoughts before the last answer alone, and by default begun for the model."""
+
+
+def test_a_model_that_thinks_is_asked_without_thoughts(policy: Any, write: Callable[..., Path]) -> None:
+    policy.tokenizer = copy.deepcopy(policy.tokenizer)
+    policy.tokenizer.chat_template = THINKING
+    (one,) = load_chats(write(chat("what?", "red")))
+    reader = Reader(policy)
+    asked = policy.tokenizer.decode(reader.question(one)["input_ids"][0])
+    assert asked.endswith("assistant\n<think>\n\n</think>\n\n")
+    batch = reader.batch([one])
+    assert policy.tokenizer.decode([i for i in batch["labels"][0] if i != IGNORED]) == "red<|im_end|>\n"
+
+
+def test_a_chat_template_that_rewrites_earlier_turns_is_refused(policy: Any, write: Callable[..., Path]) -> None:
+    policy.tokenizer = copy.deepcopy(policy.tokenizer)
+    policy.tokenizer.chat_template = THINKING
+    (two,) = load_chats(write({"messages": chat("what?", "red")["messages"] + chat("sure?", "yes")["messages"]}))
+    with pytest.raises(ValueError, match="with answer 2 the tokenizer's chat template .* a conversation of its own"):
+        Reader(policy).batch([two])
 
 
 def test_the_loss_is_the_mean_log_likelihood_of_the_answers_tokens_one_by_one(
