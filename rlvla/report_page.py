@@ -1,7 +1,10 @@
 """The parts every section of the report is made of, and its style."""
 
+import re
 from collections.abc import Iterable, Sequence
 from html import escape
+
+from rlvla.svg import CHART_CSS
 
 SIGNIFICANCE = 0.05
 
@@ -104,3 +107,16 @@ code{font-size:12px;color:var(--muted)}
 .settings td:last-child{display:none}}
 @media print{details{display:none} section{break-inside:avoid}}
 """
+
+
+def stand_alone(chart: str) -> str:
+    """A chart of `rlvla.svg` as a file of its own, with the report's style inside."""
+    styled = chart.replace("<title>", f"<style>{PAGE_CSS}{CHART_CSS}</style><title>", 1)
+    # On a page labels may stand outside the frame; a file is cut there.
+    styled = re.sub(
+        r'viewBox="0 0 ([\d.]+) ([\d.]+)"',
+        lambda m: f'viewBox="-20 -10 {float(m[1]) + 40:g} {float(m[2]) + 20:g}"',
+        styled,
+        count=1,
+    )
+    return styled.replace("<svg ", '<svg xmlns="http://www.w3.org/2000/svg" ', 1)

@@ -8,7 +8,6 @@ stopped and started again; --no-run only renders what is there. The last line on
 
 import argparse
 import json
-import re
 import shlex
 import subprocess
 import sys
@@ -19,9 +18,9 @@ from typing import Any
 from make_train import label, settings_of
 
 from rlvla.evaluate import Evaluation, compare
-from rlvla.report_page import PAGE_CSS
+from rlvla.report_page import stand_alone
 from rlvla.run_folder import RunFolder, read_run
-from rlvla.svg import CHART_CSS, Series, line_chart, percent
+from rlvla.svg import Series, line_chart, percent
 from rlvla_algos.statistics import wilson_interval
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -176,7 +175,6 @@ def shuffled(run: RunFolder, name: str) -> str:
 
 
 def curve(runs: dict[int, RunFolder]) -> str:
-    """A stand-alone SVG: the report's chart with the report's style inside."""
     chart = line_chart(
         title="Rollout success against environment steps",
         description="One line a seed, means over some iterations.",
@@ -188,15 +186,7 @@ def curve(runs: dict[int, RunFolder]) -> str:
         y_format=percent,
         y_range=(0.0, 1.0),
     )
-    styled = chart.replace("<title>", f"<style>{PAGE_CSS}{CHART_CSS}</style><title>", 1)
-    # On a page labels may stand outside the frame; a file is cut there.
-    styled = re.sub(
-        r'viewBox="0 0 ([\d.]+) ([\d.]+)"',
-        lambda m: f'viewBox="-20 -10 {float(m[1]) + 40:g} {float(m[2]) + 20:g}"',
-        styled,
-        count=1,
-    )
-    return styled.replace("<svg ", '<svg xmlns="http://www.w3.org/2000/svg" ', 1)
+    return stand_alone(chart)
 
 
 if __name__ == "__main__":
