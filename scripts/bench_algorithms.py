@@ -4,7 +4,7 @@
 
 A seed is of PPO; demonstrations and SFT are the same for all. Every cell plays as many training episodes. What is
 finished is kept in --output, so a call that was stopped goes on, and cells that are missing are filled. Writes
-docs/benchmarks/algorithms.md and its figure; the last line on stdout is JSON.
+the page of algorithms under docs/benchmarks and its figure; the last line on stdout is JSON.
 """
 
 import argparse

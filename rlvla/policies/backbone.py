@@ -1,5 +1,6 @@
-"""The Qwen3.5 vision-language model that policies stand on: its sizes, and what transformers wants to know."""
+"""The Qwen vision-language models that policies stand on: their sizes, and what transformers wants to know."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -8,8 +9,8 @@ from torch import nn
 
 
 @dataclass(kw_only=True)
-class VLMConfig:
-    """Sizes of the Qwen3.5 model, in the names of its own configuration."""
+class QwenSizes:
+    """What Qwen3-VL and Qwen3.5 have in common, in the names of their own configurations."""
 
     vocab_size: int = 512
     hidden_size: int = 128
@@ -18,15 +19,8 @@ class VLMConfig:
     num_attention_heads: int = 2
     num_key_value_heads: int = 1
     head_dim: int = 64
-    linear_key_head_dim: int = 32
-    linear_value_head_dim: int = 32
-    linear_num_key_heads: int = 2
-    linear_num_value_heads: int = 4
-    full_attention_interval: int = 4
-    """Every n-th layer is softmax attention, the others are gated linear attention."""
     max_position_embeddings: int = 2048
     rope_theta: float = 10000.0
-    partial_rotary_factor: float = 0.5
     mrope_section: tuple[int, ...] = (6, 5, 5)
     vision_depth: int = 2
     vision_hidden_size: int = 64
@@ -44,33 +38,76 @@ class VLMConfig:
     def __post_init__(self) -> None:
         self.mrope_section = tuple(self.mrope_section)
 
+    def check_rotation(self, rotated: float) -> None:
+        """Raise ValueError where ``mrope_section`` does not divide what a head rotates."""
+        if len(self.mrope_section) != 3 or sum(self.mrope_section) != rotated / 2:
+            raise ValueError(
+                f"policy.vlm.mrope_section is {list(self.mrope_section)}; it must be three numbers that add up to half "
+                f"of what a head rotates, {rotated / 2:g}."
+            )
+
+
+@dataclass(kw_only=True)
+class VLMConfig(QwenSizes):
+    """Sizes of the Qwen3.5 model, in the names of its own configuration."""
+
+    linear_key_head_dim: int = 32
+    linear_value_head_dim: int = 32
+    linear_num_key_heads: int = 2
+    linear_num_value_heads: int = 4
+    full_attention_interval: int = 4
+    """Every n-th layer is softmax attention, the others are gated linear attention."""
+    partial_rotary_factor: float = 0.5
+
+
+TEXT_SIZES = (
+    "vocab_size",
+    "hidden_size",
+    "intermediate_size",
+    "num_hidden_layers",
+    "num_attention_heads",
+    "num_key_value_heads",
+    "head_dim",
+    "max_position_embeddings",
+)
+LINEAR_ATTENTION_SIZES = (
+    "linear_key_head_dim",
+    "linear_value_head_dim",
+    "linear_num_key_heads",
+    "linear_num_value_heads",
+    "full_attention_interval",
+)
+
 
 def vlm_config(config: VLMConfig, ids: dict[str, int]) -> Any:
-    """The transformers configuration of the backbone."""
+    """The transformers configuration of a Qwen3.5."""
     from transformers import Qwen3_5Config
 
-    text = {
-        name: getattr(config, name)
-        for name in [
-            "vocab_size",
-            "hidden_size",
-            "intermediate_size",
-            "num_hidden_layers",
-            "num_attention_heads",
-            "num_key_value_heads",
-            "head_dim",
-            "linear_key_head_dim",
-            "linear_value_head_dim",
-            "linear_num_key_heads",
-            "linear_num_value_heads",
-            "full_attention_interval",
-            "max_position_embeddings",
-        ]
-    }
+    settings = _settings(config, ids)
+    settings["text_config"] |= {name: getattr(config, name) for name in LINEAR_ATTENTION_SIZES}
+    settings["text_config"]["rope_parameters"]["partial_rotary_factor"] = config.partial_rotary_factor
+    return Qwen3_5Config(**settings)
+
+
+def qwen3_vl_config(config: QwenSizes, ids: dict[str, int], deepstack: Sequence[int]) -> Any:
+    """The transformers configuration of a Qwen3-VL.
+
+    Args:
+        deepstack: vision layers whose features are added behind the first text layers as well.
+    """
+    from transformers import Qwen3VLConfig
+
+    settings = _settings(config, ids)
+    settings["vision_config"]["deepstack_visual_indexes"] = list(deepstack)
+    return Qwen3VLConfig(**settings)
+
+
+def _settings(config: QwenSizes, ids: dict[str, int]) -> dict[str, Any]:
+    """What the configurations of both families take."""
+    text: dict[str, Any] = {name: getattr(config, name) for name in TEXT_SIZES}
     text["rope_parameters"] = {
         "rope_type": "default",
         "rope_theta": config.rope_theta,
-        "partial_rotary_factor": config.partial_rotary_factor,
         "mrope_section": list(config.mrope_section),
         "mrope_interleaved": True,
     }
@@ -86,15 +123,15 @@ def vlm_config(config: VLMConfig, ids: dict[str, int]) -> Any:
         "out_hidden_size": config.hidden_size,
         "num_position_embeddings": config.num_position_embeddings,
     }
-    return Qwen3_5Config(
-        text_config=text,
-        vision_config=vision,
-        image_token_id=ids["image"],
-        video_token_id=ids["video"],
-        vision_start_token_id=ids["vision_start"],
-        vision_end_token_id=ids["vision_end"],
-        tie_word_embeddings=True,
-    )
+    return {
+        "text_config": text,
+        "vision_config": vision,
+        "image_token_id": ids["image"],
+        "video_token_id": ids["video"],
+        "vision_start_token_id": ids["vision_start"],
+        "vision_end_token_id": ids["vision_end"],
+        "tie_word_embeddings": True,
+    }
 
 
 def token_ids(tokenizer: Any) -> dict[str, int]:
@@ -109,8 +146,8 @@ def token_ids(tokenizer: Any) -> dict[str, int]:
     return {key: tokenizer.convert_tokens_to_ids(token) for key, token in names.items()}
 
 
-def widen_vision(vlm: Any, config: VLMConfig) -> None:
-    """Widen the vision tower's start, for a model trained from scratch (`VLMConfig.vision_position_std`)."""
+def widen_vision(vlm: Any, config: QwenSizes) -> None:
+    """Widen the vision tower's start, for a model trained from scratch (`QwenSizes.vision_position_std`)."""
     nn.init.normal_(vlm.visual.pos_embed.weight, std=config.vision_position_std)
     nn.init.normal_(vlm.visual.patch_embed.proj.weight, std=config.vision_patch_std)
 

@@ -5,7 +5,7 @@ from dataclasses import dataclass, fields
 from enum import Enum
 from typing import Any
 
-from rlvla.policies.backbone import VLMConfig, vlm_config
+from rlvla.policies.backbone import LINEAR_ATTENTION_SIZES, VLMConfig, qwen3_vl_config, vlm_config
 from rlvla_envs.base import EnvSpec
 
 PLACEHOLDERS = ("{instruction}", "{robot_type}")
@@ -18,14 +18,7 @@ class Family(Enum):
     qwen3_5 = "qwen3_5"
 
 
-QWEN3_5_ONLY = (
-    "linear_key_head_dim",
-    "linear_value_head_dim",
-    "linear_num_key_heads",
-    "linear_num_value_heads",
-    "full_attention_interval",
-    "partial_rotary_factor",
-)
+QWEN3_5_ONLY = (*LINEAR_ATTENTION_SIZES, "partial_rotary_factor")
 
 
 @dataclass(kw_only=True)
@@ -56,11 +49,7 @@ class BrainConfig(VLMConfig):
                 "these. Leave it out, or set policy.vlm.family=qwen3_vl."
             )
         rotated = self.head_dim * (self.partial_rotary_factor if self.family is Family.qwen3_5 else 1)
-        if len(self.mrope_section) != 3 or sum(self.mrope_section) != rotated / 2:
-            raise ValueError(
-                f"policy.vlm.mrope_section is {list(self.mrope_section)}; it must be three numbers that add up to half "
-                f"of what a head rotates, {rotated / 2:g}."
-            )
+        self.check_rotation(rotated)
         deep = self.deepstack_visual_indexes
         if len(deep) > self.num_hidden_layers or not all(0 <= i < self.vision_depth for i in deep):
             raise ValueError(
@@ -75,54 +64,7 @@ def build_brain(config: BrainConfig, ids: dict[str, int]) -> Any:
 
     if config.family is Family.qwen3_5:
         return Qwen3_5Model(vlm_config(config, ids))
-    return Qwen3VLModel(qwen3_vl_config(config, ids))
-
-
-def qwen3_vl_config(config: BrainConfig, ids: dict[str, int]) -> Any:
-    """The transformers configuration of a Qwen3-VL."""
-    from transformers import Qwen3VLConfig
-
-    text: dict[str, Any] = {
-        name: getattr(config, name)
-        for name in [
-            "vocab_size",
-            "hidden_size",
-            "intermediate_size",
-            "num_hidden_layers",
-            "num_attention_heads",
-            "num_key_value_heads",
-            "head_dim",
-            "max_position_embeddings",
-        ]
-    }
-    text["rope_parameters"] = {
-        "rope_type": "default",
-        "rope_theta": config.rope_theta,
-        "mrope_section": list(config.mrope_section),
-        "mrope_interleaved": True,
-    }
-    text |= {"pad_token_id": ids["pad"], "tie_word_embeddings": True}
-    vision = {
-        "depth": config.vision_depth,
-        "hidden_size": config.vision_hidden_size,
-        "intermediate_size": config.vision_intermediate_size,
-        "num_heads": config.vision_num_heads,
-        "patch_size": config.patch_size,
-        "spatial_merge_size": 2,
-        "temporal_patch_size": 2,
-        "out_hidden_size": config.hidden_size,
-        "num_position_embeddings": config.num_position_embeddings,
-        "deepstack_visual_indexes": list(config.deepstack_visual_indexes),
-    }
-    return Qwen3VLConfig(
-        text_config=text,
-        vision_config=vision,
-        image_token_id=ids["image"],
-        video_token_id=ids["video"],
-        vision_start_token_id=ids["vision_start"],
-        vision_end_token_id=ids["vision_end"],
-        tie_word_embeddings=True,
-    )
+    return Qwen3VLModel(qwen3_vl_config(config, ids, config.deepstack_visual_indexes))
 
 
 @dataclass(kw_only=True)

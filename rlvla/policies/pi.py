@@ -8,43 +8,25 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
-import torch
 from jaxtyping import Float, Int
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional as F
 
 from rlvla.policies.action_stats import ActionStats
 from rlvla.policies.architectures import check_name
-from rlvla.policies.prefix import ExpertSizes, PrefixOptions, PrefixPolicy
-from rlvla.policies.suffix_expert import Norm, SuffixExpert, SuffixLayout
+from rlvla.policies.prefix import ExpertSizes, PrefixOptions, PrefixPolicy, PrefixSizes
+from rlvla.policies.suffix_expert import Norm
 from rlvla_envs.base import EnvSpec
 
 STATE_BINS = 256
 
 
 @dataclass(kw_only=True)
-class PaliGemmaSizes:
+class PaliGemmaSizes(PrefixSizes):
     """Sizes of PaliGemma, in the names of its own configuration."""
 
-    vocab_size: int = 512
-    hidden_size: int = 64
-    intermediate_size: int = 128
-    num_hidden_layers: int = 2
-    num_attention_heads: int = 2
-    num_key_value_heads: int = 1
-    head_dim: int = 32
-    vision_hidden_size: int = 32
-    vision_intermediate_size: int = 64
-    vision_num_hidden_layers: int = 1
-    vision_num_attention_heads: int = 2
-    patch_size: int = 8
     image_size: int = 32
     """Side of the square that images are resized to: 224 in PaliGemma."""
-    vision_position_std: float = 0.02
-    """Standard deviation of the vision tower's position table at initialisation, from-scratch models only. At 0.02 it
-    drowns under the patches and the policy stays blind (docs/adr/0004)."""
-    vision_patch_std: float = 0.02
-    """The same for the patch embedding."""
 
     def __post_init__(self) -> None:
         if self.image_size % self.patch_size:
@@ -98,34 +80,17 @@ class PaliGemmaPolicy(PrefixPolicy):
         from transformers import PaliGemmaModel
 
         super().__init__(config, env_spec, stats, tokenizer, state_limit=config.expert.state_channels)
-        sizes = config.vlm
-        self.vlm = PaliGemmaModel(_paligemma(sizes))
-        layout = SuffixLayout(
-            hidden_size=config.expert.hidden_size,
-            intermediate_size=config.expert.intermediate_size,
-            num_heads=sizes.num_attention_heads,
-            num_kv_heads=sizes.num_key_value_heads,
-            head_size=sizes.head_dim,
-            cross=(False,) * sizes.num_hidden_layers,
-            norm=norm,
-            norm_eps=1e-6,
-            activation="gelu_tanh",
-        )
-        self.expert = SuffixExpert(layout, config.expert.channels, projections)
+        self.vlm = PaliGemmaModel(_paligemma(config.vlm))
+        self.expert = self.make_expert(norm, projections, norm_eps=1e-6, activation="gelu_tanh")
         self.eval()
-
-    def initialize(self) -> None:
-        embeddings = self.vlm.vision_tower.embeddings
-        nn.init.normal_(embeddings.position_embedding.weight, std=self.config.vlm.vision_position_std)
-        nn.init.normal_(embeddings.patch_embedding.weight, std=self.config.vlm.vision_patch_std)
 
     @property
     def language(self) -> Any:
         return self.vlm.language_model
 
     @property
-    def vision_layers(self) -> Any:
-        return self.vlm.vision_tower.encoder.layers
+    def vision(self) -> Any:
+        return self.vlm.vision_tower
 
     def embed_images(self, pixels: Float[Tensor, "N 3 size size"]) -> Float[Tensor, "N tokens D"]:
         # As they leave the projector. Text embeddings alone are scaled by sqrt(D), in Gemma's own embedding.
@@ -153,10 +118,7 @@ class Pi0(PaliGemmaPolicy):
         self, sample: Float[Tensor, "B H K"], state: Float[Tensor, "B P"], time: Float[Tensor, "B d"]
     ) -> tuple[list[Tensor], None]:
         expert: Any = self.expert
-        action = expert.action_in_proj(sample)
-        fused = torch.cat([action, time[:, None].expand_as(action)], dim=-1)
-        action = expert.action_time_mlp_out(F.silu(expert.action_time_mlp_in(fused)))
-        return [expert.state_proj(state)[:, None], action], None
+        return [expert.state_proj(state)[:, None], self.fuse_time(sample, time)], None
 
 
 class Pi05(PaliGemmaPolicy):
@@ -191,32 +153,11 @@ def _paligemma(sizes: PaliGemmaSizes) -> Any:
     """The transformers configuration of the backbone."""
     from transformers import PaliGemmaConfig
 
-    text = {
-        "model_type": "gemma",
-        "vocab_size": sizes.vocab_size,
-        "hidden_size": sizes.hidden_size,
-        "intermediate_size": sizes.intermediate_size,
-        "num_hidden_layers": sizes.num_hidden_layers,
-        "num_attention_heads": sizes.num_attention_heads,
-        "num_key_value_heads": sizes.num_key_value_heads,
-        "head_dim": sizes.head_dim,
-        "hidden_act": "gelu_pytorch_tanh",
-        "pad_token_id": 0,
-    }
-    vision = {
-        "model_type": "siglip_vision_model",
-        "hidden_size": sizes.vision_hidden_size,
-        "intermediate_size": sizes.vision_intermediate_size,
-        "num_hidden_layers": sizes.vision_num_hidden_layers,
-        "num_attention_heads": sizes.vision_num_attention_heads,
-        "patch_size": sizes.patch_size,
-        "image_size": sizes.image_size,
-        "projection_dim": sizes.hidden_size,
-        "vision_use_head": False,
-    }
+    text = {"model_type": "gemma", "hidden_act": "gelu_pytorch_tanh", "pad_token_id": 0}
+    vision = {"model_type": "siglip_vision_model", "projection_dim": sizes.hidden_size, "vision_use_head": False}
     return PaliGemmaConfig(
-        text_config=text,
-        vision_config=vision,
+        text_config=sizes.text() | text,
+        vision_config=sizes.vision() | vision,
         projection_dim=sizes.hidden_size,
         # Images come before the prompt, so no token stands for them.
         image_token_index=sizes.vocab_size,

@@ -6,6 +6,7 @@ do in the original: nothing reads them, and positions count valid tokens only.
 """
 
 from abc import abstractmethod
+from collections.abc import Sequence
 from dataclasses import dataclass
 from enum import Enum
 from typing import Any
@@ -21,7 +22,7 @@ from rlvla.policies.action_stats import ActionStats
 from rlvla.policies.base import Context
 from rlvla.policies.policy import PolicyWithFlow, check_cameras, check_sizes
 from rlvla.policies.prompted import PAD_TO, pool
-from rlvla.policies.suffix_expert import SuffixExpert, flow_time_sines, suffix_mask
+from rlvla.policies.suffix_expert import Norm, SuffixExpert, SuffixLayout, flow_time_sines, suffix_mask
 from rlvla_envs.base import EnvSpec, Observation
 
 
@@ -30,6 +31,51 @@ class Fit(Enum):
 
     center = "center"
     bottom_right = "bottom_right"
+
+
+@dataclass(kw_only=True)
+class PrefixSizes:
+    """What PaliGemma and SmolVLM2 have in common: a decoder and a SigLIP tower, in the names of their own
+    configurations."""
+
+    vocab_size: int = 512
+    hidden_size: int = 64
+    intermediate_size: int = 128
+    num_hidden_layers: int = 2
+    num_attention_heads: int = 2
+    num_key_value_heads: int = 1
+    head_dim: int = 32
+    vision_hidden_size: int = 32
+    vision_intermediate_size: int = 64
+    vision_num_hidden_layers: int = 1
+    vision_num_attention_heads: int = 2
+    patch_size: int = 8
+    image_size: int = 32
+    """Side of the square that images are resized to."""
+    vision_position_std: float = 0.02
+    """Standard deviation of the vision tower's position table at initialisation, from-scratch models only. At 0.02 it
+    drowns under the patches and the policy stays blind (docs/adr/0004)."""
+    vision_patch_std: float = 0.02
+    """The same for the patch embedding."""
+
+    def text(self) -> dict[str, Any]:
+        """Of the decoder, as its transformers configuration takes them."""
+        names = (
+            "vocab_size",
+            "hidden_size",
+            "intermediate_size",
+            "num_hidden_layers",
+            "num_attention_heads",
+            "num_key_value_heads",
+            "head_dim",
+        )
+        return {name: getattr(self, name) for name in names}
+
+    def vision(self) -> dict[str, Any]:
+        """Of the vision tower, likewise."""
+        names = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
+        own = {name: getattr(self, f"vision_{name}") for name in names}
+        return own | {"patch_size": self.patch_size, "image_size": self.image_size}
 
 
 @dataclass(kw_only=True)
@@ -157,7 +203,49 @@ class PrefixPolicy(PolicyWithFlow):
 
     @property
     @abstractmethod
-    def vision_layers(self) -> Any: ...
+    def vision(self) -> Any:
+        """The VLM's SigLIP tower: transformers' base model with ``embeddings`` and ``encoder``."""
+
+    def make_expert(
+        self,
+        norm: Norm,
+        projections: dict[str, tuple[int, int]],
+        *,
+        norm_eps: float,
+        activation: str,
+        cross: Sequence[bool] = (),
+    ) -> SuffixExpert:
+        """An expert whose layers read those of the VLM.
+
+        Args:
+            cross: of each layer, whether it attends to the prefix alone; none does where it is empty.
+        """
+        sizes, own = self.config.vlm, self.config.expert
+        layout = SuffixLayout(
+            hidden_size=own.hidden_size,
+            intermediate_size=own.intermediate_size,
+            num_heads=sizes.num_attention_heads,
+            num_kv_heads=sizes.num_key_value_heads,
+            head_size=sizes.head_dim,
+            cross=tuple(cross) or (False,) * sizes.num_hidden_layers,
+            norm=norm,
+            norm_eps=norm_eps,
+            activation=activation,
+        )
+        return SuffixExpert(layout, own.channels, projections)
+
+    def initialize(self) -> None:
+        embeddings = self.vision.embeddings
+        nn.init.normal_(embeddings.position_embedding.weight, std=self.config.vlm.vision_position_std)
+        nn.init.normal_(embeddings.patch_embedding.weight, std=self.config.vlm.vision_patch_std)
+
+    def fuse_time(self, sample: Float[Tensor, "B H K"], time: Float[Tensor, "B d"]) -> Float[Tensor, "B H d"]:
+        """Action tokens that know the flow time, by the projections ``action_time_mlp_in`` and ``_out``."""
+        expert: Any = self.expert
+        action = expert.action_in_proj(sample)
+        fused = torch.cat([action, time[:, None].expand_as(action)], dim=-1)
+        tokens: Tensor = expert.action_time_mlp_out(F.silu(expert.action_time_mlp_in(fused)))
+        return tokens
 
     def prompt(self, instruction: str, state: Float[np.ndarray, " P"]) -> str:
         """The text of one observation: instruction and newline."""
@@ -311,7 +399,7 @@ class PrefixPolicy(PolicyWithFlow):
         return {"vlm": rest, "expert": expert, "top": top, **noise}
 
     def sharding_units(self) -> list[nn.Module]:
-        return [*self.vision_layers, *self.language.layers, *self.expert.layers]
+        return [*self.vision.encoder.layers, *self.language.layers, *self.expert.layers]
 
 
 class _Vocabulary:

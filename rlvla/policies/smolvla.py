@@ -15,38 +15,22 @@ from torch.nn import functional as F
 
 from rlvla.policies.action_stats import ActionStats
 from rlvla.policies.architectures import check_name
-from rlvla.policies.prefix import ExpertSizes, Fit, PrefixOptions, PrefixPolicy
-from rlvla.policies.suffix_expert import ROPE_THETA, Norm, SuffixExpert, SuffixLayout
+from rlvla.policies.prefix import ExpertSizes, Fit, PrefixOptions, PrefixPolicy, PrefixSizes
+from rlvla.policies.suffix_expert import ROPE_THETA, Norm
 from rlvla_envs.base import EnvSpec
 
 
 @dataclass(kw_only=True)
-class SmolVLMSizes:
+class SmolVLMSizes(PrefixSizes):
     """Sizes of SmolVLM2, in the names of its own configuration."""
 
-    vocab_size: int = 512
-    hidden_size: int = 64
-    intermediate_size: int = 128
     num_hidden_layers: int = 2
     """Layers that are used: the first 16 of 32 in SmolVLA."""
-    num_attention_heads: int = 2
-    num_key_value_heads: int = 1
-    head_dim: int = 32
     rms_norm_eps: float = 1e-5
-    vision_hidden_size: int = 32
-    vision_intermediate_size: int = 64
-    vision_num_hidden_layers: int = 1
-    vision_num_attention_heads: int = 2
-    patch_size: int = 8
     image_size: int = 32
     """Side of the square that images are resized to: 512 in SmolVLA."""
     scale_factor: int = 2
     """Patches that become one image token, on each side: 4 in SmolVLM2."""
-    vision_position_std: float = 0.02
-    """Standard deviation of the vision tower's position table at initialisation, from-scratch models only. At 0.02 it
-    drowns under the patches and the policy stays blind (docs/adr/0004)."""
-    vision_patch_std: float = 0.02
-    """The same for the patch embedding."""
 
     def __post_init__(self) -> None:
         unit = self.patch_size * self.scale_factor
@@ -96,33 +80,23 @@ class SmolVLA(PrefixPolicy):
         self.vlm = SmolVLMModel(_smolvlm(sizes))
         self.state_proj = nn.Linear(config.expert.state_channels, sizes.hidden_size)
         every = config.self_attention_every
-        layout = SuffixLayout(
-            hidden_size=d,
-            intermediate_size=config.expert.intermediate_size,
-            num_heads=sizes.num_attention_heads,
-            num_kv_heads=sizes.num_key_value_heads,
-            head_size=sizes.head_dim,
-            cross=tuple(every == 0 or i % every > 0 for i in range(sizes.num_hidden_layers)),
-            norm=Norm.llama,
+        projections = {"action_time_mlp_in": (2 * d, d), "action_time_mlp_out": (d, d)}
+        self.expert = self.make_expert(
+            Norm.llama,
+            projections,
             norm_eps=sizes.rms_norm_eps,
             activation="silu",
+            cross=[every == 0 or i % every > 0 for i in range(sizes.num_hidden_layers)],
         )
-        projections = {"action_time_mlp_in": (2 * d, d), "action_time_mlp_out": (d, d)}
-        self.expert = SuffixExpert(layout, config.expert.channels, projections)
         self.eval()
-
-    def initialize(self) -> None:
-        embeddings = self.vlm.vision_model.embeddings
-        nn.init.normal_(embeddings.position_embedding.weight, std=self.config.vlm.vision_position_std)
-        nn.init.normal_(embeddings.patch_embedding.weight, std=self.config.vlm.vision_patch_std)
 
     @property
     def language(self) -> Any:
         return self.vlm.text_model
 
     @property
-    def vision_layers(self) -> Any:
-        return self.vlm.vision_model.encoder.layers
+    def vision(self) -> Any:
+        return self.vlm.vision_model
 
     def noise_mask(self) -> Bool[Tensor, "H K"]:
         if not self.config.denoise_padding:
@@ -147,10 +121,7 @@ class SmolVLA(PrefixPolicy):
     def embed_suffix(
         self, sample: Float[Tensor, "B H K"], state: Float[Tensor, "B P"], time: Float[Tensor, "B d"]
     ) -> tuple[list[Tensor], None]:
-        expert: Any = self.expert
-        action = expert.action_in_proj(sample)
-        fused = torch.cat([action, time[:, None].expand_as(action)], dim=-1)
-        return [expert.action_time_mlp_out(F.silu(expert.action_time_mlp_in(fused)))], None
+        return [self.fuse_time(sample, time)], None
 
 
 def _smolvlm(sizes: SmolVLMSizes) -> Any:
@@ -159,13 +130,6 @@ def _smolvlm(sizes: SmolVLMSizes) -> Any:
 
     text = {
         "model_type": "llama",
-        "vocab_size": sizes.vocab_size,
-        "hidden_size": sizes.hidden_size,
-        "intermediate_size": sizes.intermediate_size,
-        "num_hidden_layers": sizes.num_hidden_layers,
-        "num_attention_heads": sizes.num_attention_heads,
-        "num_key_value_heads": sizes.num_key_value_heads,
-        "head_dim": sizes.head_dim,
         "rms_norm_eps": sizes.rms_norm_eps,
         "max_position_embeddings": 8192,
         # LeRobot rotates by 10,000 whatever the VLM was trained with, and its checkpoints have learnt that.
@@ -174,14 +138,9 @@ def _smolvlm(sizes: SmolVLMSizes) -> Any:
         "bos_token_id": 1,
         "eos_token_id": 2,
     }
-    vision = {
-        "hidden_size": sizes.vision_hidden_size,
-        "intermediate_size": sizes.vision_intermediate_size,
-        "num_hidden_layers": sizes.vision_num_hidden_layers,
-        "num_attention_heads": sizes.vision_num_attention_heads,
-        "patch_size": sizes.patch_size,
-        "image_size": sizes.image_size,
-    }
     return SmolVLMConfig(
-        text_config=text, vision_config=vision, scale_factor=sizes.scale_factor, image_token_id=sizes.vocab_size
+        text_config=sizes.text() | text,
+        vision_config=sizes.vision(),
+        scale_factor=sizes.scale_factor,
+        image_token_id=sizes.vocab_size,
     )

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from rlvla.policies.action_stats import ActionStats
 from rlvla.policies.architectures import check_name
-from rlvla.policies.backbone import token_ids, widen_vision
+from rlvla.policies.backbone import QwenSizes, qwen3_vl_config, token_ids, widen_vision
 from rlvla.policies.base import Context
 from rlvla.policies.expert import FLOW_TIME_FEATURES, flow_time_features
 from rlvla.policies.latents import IMAGE_TOKENIZERS, LatentConfig
@@ -34,43 +34,24 @@ if TYPE_CHECKING:
 
 
 @dataclass(kw_only=True)
-class SemanticConfig:
+class SemanticConfig(QwenSizes):
     """Sizes of the Qwen3-VL model that is the semantic expert, in the names of its own configuration."""
 
-    vocab_size: int = 512
     hidden_size: int = 64
     intermediate_size: int = 128
     num_hidden_layers: int = 2
-    num_attention_heads: int = 2
-    num_key_value_heads: int = 1
     head_dim: int = 32
-    max_position_embeddings: int = 2048
-    rope_theta: float = 10000.0
-    mrope_section: tuple[int, ...] = (6, 5, 5)
     vision_depth: int = 1
     vision_hidden_size: int = 32
     vision_intermediate_size: int = 64
-    vision_num_heads: int = 2
-    patch_size: int = 8
-    num_position_embeddings: int = 64
-    """Of the vision tower: a square grid that is interpolated to the image's."""
     deepstack_visual_indexes: tuple[int, ...] = ()
     """Vision layers that also feed the first layers of the language model, as in Qwen3-VL's own checkpoints. The
     paper's VLM has none."""
-    vision_position_std: float = 0.02
-    """Standard deviation of the vision tower's position table at initialisation, from-scratch models only. At
-    0.02 it drowns under the patches and the policy stays blind (docs/adr/0004)."""
-    vision_patch_std: float = 0.02
-    """The same for the patch embedding."""
 
     def __post_init__(self) -> None:
-        self.mrope_section = tuple(self.mrope_section)
+        super().__post_init__()
         self.deepstack_visual_indexes = tuple(self.deepstack_visual_indexes)
-        if len(self.mrope_section) != 3 or 2 * sum(self.mrope_section) != self.head_dim:
-            raise ValueError(
-                f"policy.vlm.mrope_section is {list(self.mrope_section)}; it must be three numbers that add up to half "
-                f"of policy.vlm.head_dim, {self.head_dim // 2}."
-            )
+        self.check_rotation(self.head_dim)
         if self.num_attention_heads % self.num_key_value_heads:
             raise ValueError(
                 f"policy.vlm.num_attention_heads is {self.num_attention_heads}, which {self.num_key_value_heads} "
@@ -216,7 +197,9 @@ class UAM(PromptedPolicy, PolicyWithFlow):
         self.has_dorsal = config.dorsal.init is not DorsalInit.none
         if self.has_dorsal:
             _check_latents(config.latents, env_spec)
-        self.vlm: Any = joint.semantic_expert(semantic_config(config.vlm, token_ids(tokenizer)))
+        self.vlm: Any = joint.semantic_expert(
+            qwen3_vl_config(config.vlm, token_ids(tokenizer), config.vlm.deepstack_visual_indexes)
+        )
         text, width = self.vlm.config.text_config, config.vlm.hidden_size
         self.dorsal: DorsalExpert | None = None
         self.latents = IMAGE_TOKENIZERS[config.latents.name](config.latents)
@@ -437,48 +420,3 @@ def _check_latents(config: LatentConfig, env_spec: EnvSpec) -> None:
             f"the policy does not fit the suite: {'; '.join(problems)}. Change policy.latents.stride or "
             "suite.image_size."
         )
-
-
-def semantic_config(config: SemanticConfig, ids: dict[str, int]) -> Any:
-    """The transformers configuration of the semantic expert."""
-    from transformers import Qwen3VLConfig
-
-    text: dict[str, Any] = {
-        name: getattr(config, name)
-        for name in [
-            "vocab_size",
-            "hidden_size",
-            "intermediate_size",
-            "num_hidden_layers",
-            "num_attention_heads",
-            "num_key_value_heads",
-            "head_dim",
-            "max_position_embeddings",
-        ]
-    }
-    text["rope_parameters"] = {
-        "rope_type": "default",
-        "rope_theta": config.rope_theta,
-        "mrope_section": list(config.mrope_section),
-        "mrope_interleaved": True,
-    }
-    vision = {
-        "depth": config.vision_depth,
-        "hidden_size": config.vision_hidden_size,
-        "intermediate_size": config.vision_intermediate_size,
-        "num_heads": config.vision_num_heads,
-        "patch_size": config.patch_size,
-        "spatial_merge_size": 2,
-        "temporal_patch_size": 2,
-        "out_hidden_size": config.hidden_size,
-        "num_position_embeddings": config.num_position_embeddings,
-        "deepstack_visual_indexes": list(config.deepstack_visual_indexes),
-    }
-    return Qwen3VLConfig(
-        text_config=text | {"pad_token_id": ids["pad"]},
-        vision_config=vision,
-        image_token_id=ids["image"],
-        video_token_id=ids["video"],
-        vision_start_token_id=ids["vision_start"],
-        vision_end_token_id=ids["vision_end"],
-    )
