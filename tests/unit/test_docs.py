@@ -29,7 +29,8 @@ PAGES = sorted(
 SOURCES = [p for d in ("rlvla", "algos", "envs", "configs", "scripts") for p in (ROOT / d).rglob("*.*")]
 METRICS = ROOT / "docs/metrics.md"
 LOGGING = [
-    ROOT / "rlvla" / f"{name}.py" for name in ("train", "learner", "samplers", "sft", "run", "evaluate", "collect")
+    ROOT / "rlvla" / f"{name}.py"
+    for name in ("train", "learner", "judging", "samplers", "sft", "run", "evaluate", "collect")
 ]
 
 FENCE = re.compile(r"^```(\w*)\n(.*?)^```", re.MULTILINE | re.DOTALL)
