@@ -173,7 +173,9 @@ class Learner:
             self._add_proximal(data)
         else:
             self._check_before(data)
-        successes, episodes = group.total(int(data["next", "success"].sum()), len(rollout))
+        # Without a critic some episodes may have been left out (`rlvla.judging`): neither kind is counted of those.
+        kept = len(rollout) if self.config.has_critic else int(rollout["mask"].flatten(1).any(dim=1).sum())
+        successes, episodes = group.total(int(data["next", "success"].sum()), kept)
         reason = self.critic_only_reason(iteration, int(successes), int(episodes))
         if not group.total(int(data["mask"].sum()))[0]:
             reason = reason or "no episode is left to learn from"

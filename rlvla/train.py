@@ -276,6 +276,9 @@ def guard(
         return None
     before = watch_of(state.watch)
     rate, episodes, iteration = row["rollout/success"], row["rollout/episodes"], row["iteration"]
+    if not episodes:
+        # All were lost with their simulators.
+        return asdict(before)
     watch, collapsed = look(before, config, iteration, rate, episodes)
     below = f"rollouts succeed in {rate:.0%}, those of iteration {watch.best} in {watch.successes / watch.episodes:.0%}"
     if collapsed:
@@ -293,7 +296,6 @@ def guard(
     elif (
         watch.returns == config.max_returns
         and watch == before
-        and episodes
         and significantly_below(round(rate * episodes), episodes, watch.successes, watch.episodes, config.confidence)
     ):
         record.alarm(f"iteration {iteration}", f"{below}, and safeguard.max_returns is used up; the run goes on")

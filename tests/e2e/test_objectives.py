@@ -1,6 +1,7 @@
 """Every estimator and objective trains the toy through the command line, and keeps the system's promises."""
 
 import json
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,7 @@ from safetensors.torch import load_file
 
 from rlvla import cli, collect, sft, train
 from rlvla.compose import compose
+from rlvla_envs import toy
 
 TOY = ["suite=toy", "workers.kind=local", "workers.num_actors=1", "workers.envs_per_actor=24"]
 TRAIN = [
@@ -17,25 +19,35 @@ TRAIN = [
     "episodes_per_iteration=24",
     "algo.critic_only_iterations=0",
     "algo.min_successes=1",
-    "algo.epochs=2",
-    "eval.trials=4",
+    "algo.epochs=1",
+    "eval.trials=2",
     "eval.videos=0",
     "eval.shuffled_images=false",
 ]
 GROUPS = ["algo.group_size=6"]
+FILTER = ["algo.min_group_success=0.1", "algo.max_group_success=0.9"]
 # A rate that destroys the policy in one update.
 COLLAPSE = ["iterations=3", "algo.policy_lr=0.02", "algo.max_policy_lr=0.02", "algo.lr_schedule=constant"]
+COLLAPSE += ["algo.epochs=3", "algo.minibatch_size=64"]
 COLLAPSE += ["algo.kl_stop_factor=1e9", "safeguard.enabled=true", "safeguard.confidence=1", "keep_checkpoints=1"]
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module", autouse=True)
+def easy_task() -> Iterator[None]:
+    """A wide gap and a large goal, so that a policy of a few steps of SFT succeeds now and then."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(toy, "GAP_HALF_WIDTH", 0.4)
+        patch.setattr(toy, "GOAL_RADIUS", 0.5)
+        yield
+
+
+@pytest.fixture(scope="module")
 def start(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A policy that succeeds now and then: demonstrations are in data/, it in sft/policy."""
+    """Demonstrations are in data/, the policy in sft/policy."""
     root = tmp_path_factory.mktemp("objectives")
-    collect.run(compose("collect", [*TOY, f"output={root / 'data'}", "episodes=40"]))
-    settings = ["steps=300", "batch_size=32", "noise_draws=8", "train_vlm=false", "first_steps_weight=1"]
+    collect.run(compose("collect", [*TOY, f"output={root / 'data'}", "episodes=8"]))
     data = [f"dataset={root / 'data'}", f"output={root / 'sft'}"]
-    sft.run(compose("sft", ["suite=toy", "policy=qwen_vla_toy", *data, *settings]))
+    sft.run(compose("sft", ["suite=toy", "policy=qwen_vla_toy", *data, "steps=20", "batch_size=8"]))
     return root
 
 
@@ -55,25 +67,20 @@ def moved(start: Path, output: Path) -> set[str]:
 @pytest.mark.parametrize(
     "settings",
     [
-        pytest.param(["algo.clip_epsilon_high=0.28"], id="clip-higher"),
-        pytest.param(["algo.estimator=grpo", *GROUPS], id="grpo"),
-        pytest.param(
-            ["algo.estimator=grpo", *GROUPS, "algo.min_group_success=0.1", "algo.max_group_success=0.9"], id="filtered"
-        ),
+        pytest.param(["algo.estimator=grpo", *GROUPS, *FILTER, "algo.clip_epsilon_high=0.28"], id="grpo-filtered"),
         pytest.param(["algo.estimator=rloo", *GROUPS], id="rloo"),
-        pytest.param(["algo.estimator=reinforce_pp"], id="reinforce_pp"),
-        pytest.param(["algo.estimator=reinforce_pp", *GROUPS], id="reinforce_pp-baseline"),
+        pytest.param(["algo.estimator=reinforce_pp", *GROUPS], id="reinforce_pp"),
         pytest.param(["algo.critic.pool=attention", "algo.critic.time_to_limit=true"], id="critic"),
         pytest.param(["algo.objective=fpo", "algo.forward.draws=2"], id="fpo"),
-        pytest.param(["algo.objective=nft", "algo.forward.draws=2"], id="nft"),
         pytest.param(["algo.objective=nft", "algo.estimator=grpo", *GROUPS, "algo.forward.draws=2"], id="nft-grpo"),
         pytest.param(["algo.objective=clone", "algo.estimator=success", "algo.forward.draws=2"], id="clone"),
         pytest.param(["algo.objective=clone", "algo.estimator=best_of_n", *GROUPS], id="best-of-n"),
     ],
 )
 def test_a_run_learns_with_every_estimator_and_objective(settings: list[str], start: Path, tmp_path: Path) -> None:
-    lines = [line for line in rlvla_train(start, tmp_path / "run", *settings) if line["kind"] == "iteration"]
-    assert [line["iteration"] for line in lines] == [0, 1]
+    lines = rlvla_train(start, tmp_path / "run", "iterations=1", *settings)
+    lines = [line for line in lines if line["kind"] == "iteration"]
+    assert len(lines) == 1
     assert all(line["ppo/critic_only"] == 0 for line in lines)
     assert all(0 < line["ppo/kl"] < 10 for line in lines)
     critic = not any("estimator" in word for word in settings)
@@ -82,10 +89,10 @@ def test_a_run_learns_with_every_estimator_and_objective(settings: list[str], st
 
 
 def test_demonstrations_beside_rl_have_a_loss_of_their_own(start: Path, tmp_path: Path) -> None:
-    lines = rlvla_train(start, tmp_path / "run", f"algo.demonstrations.dataset={start / 'data'}")
+    lines = rlvla_train(start, tmp_path / "run", "iterations=1", f"algo.demonstrations.dataset={start / 'data'}")
     losses = [line["loss/demonstrations"] for line in lines if line["kind"] == "iteration"]
-    assert len(losses) == 2
-    assert all(0 < loss < 3 for loss in losses)
+    assert len(losses) == 1
+    assert 0 < losses[0] < 3
 
 
 def test_a_collapse_goes_back_to_the_best_weights_and_says_so(start: Path, tmp_path: Path) -> None:
@@ -105,7 +112,6 @@ def test_a_collapse_goes_back_to_the_best_weights_and_says_so(start: Path, tmp_p
     "settings",
     [
         pytest.param(["algo.estimator=grpo", *GROUPS, "algo.objective=nft", "algo.forward.draws=2"], id="nft-grpo"),
-        pytest.param(["algo.critic.pool=attention", "algo.critic.time_to_limit=true"], id="critic"),
         pytest.param(COLLAPSE, id="collapse"),
     ],
 )
