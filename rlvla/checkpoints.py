@@ -28,6 +28,8 @@ class TrainState:
     """Length of metrics.jsonl: what an abandoned iteration wrote after it is cut off."""
     success: float | None
     """Of the evaluation made at this point, which `best` goes by; None where there was none."""
+    watch: dict[str, float] | None = None
+    """What the safeguard remembers (`rlvla.safeguard.Watch`); its best checkpoint is kept as well. None without it."""
 
 
 class Checkpoints:
@@ -51,7 +53,7 @@ class Checkpoints:
         Raises:
             RuntimeError: the disk is full or not writable; earlier checkpoints stand.
         """
-        target = self.folder / f"iteration-{state.iterations:04d}"
+        target = self.folder / self.name(state.iterations)
         stage = self.folder / f".stage-{target.name}"
         shutil.rmtree(stage, ignore_errors=True)
         try:
@@ -73,8 +75,13 @@ class Checkpoints:
         except BaseException:
             shutil.rmtree(stage, ignore_errors=True)
             raise
-        self._prune()
+        self._prune(self.name(int(state.watch["best"])) if state.watch else "")
         return target
+
+    @staticmethod
+    def name(iterations: int) -> str:
+        """Of a checkpoint's folder."""
+        return f"iteration-{iterations:04d}"
 
     def newest(self, damaged: Callable[[str], None]) -> tuple[Path, TrainState] | None:
         """The newest checkpoint that is as it was written; ``damaged`` is told of those that are not.
@@ -101,13 +108,13 @@ class Checkpoints:
     def _all(self) -> list[Path]:
         return sorted(path for path in self.folder.glob("iteration-*") if path.is_dir())
 
-    def _prune(self) -> None:
+    def _prune(self, wanted: str) -> None:
         found = self._all()
         measured = {path: score for path in found if (score := _score(path)) is not None}
         # The later of two equals: it has seen more.
         best = max(measured, key=lambda path: (measured[path], path.name), default=None)
         for path in found[: -self.keep]:
-            if path != best:
+            if path != best and path.name != wanted:
                 shutil.rmtree(path)
 
 

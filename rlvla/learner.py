@@ -10,7 +10,9 @@ from tensordict import TensorDict
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
-from rlvla.config import AlgoConfig, LearnerStrategy, LRSchedule
+from rlvla.config import AlgoConfig, LearnerStrategy, LRSchedule, Objective
+from rlvla.cotraining import CoTraining
+from rlvla.objectives import objective_loss
 from rlvla.parallel import context_of, hold
 from rlvla.policies.base import ChunkPolicy, ValueHead, context_is_fixed, trained_groups
 from rlvla.policies.groups import check_groups, group_rates, require_gradients, trained_parameters
@@ -21,7 +23,7 @@ from rlvla.seeding import Stream, keyed_rng
 from rlvla.teachers import ActionTeacher
 from rlvla_algos.clip import clip_power
 from rlvla_algos.distill import distillation_loss, steer_coefficient
-from rlvla_algos.ppo import Totals, behaviour_weight, count_entries, explained_variance, ppo_loss
+from rlvla_algos.ppo import Totals, behaviour_weight, count_entries, explained_variance
 
 KL_STEER = 1.5
 """The learning rate moves by this factor when the KL leaves [target / 1.5, target * 1.5]."""
@@ -76,6 +78,7 @@ class Learner:
         strategy: LearnerStrategy = LearnerStrategy.ddp,
         teacher: ActionTeacher | None = None,
         reasoning: ReasoningTeacher | None = None,
+        cotraining: CoTraining | None = None,
     ) -> None:
         self.policy, self.value_head, self.config = policy, value_head, config
         self.sampler, self.seed, self.total_iterations = sampler, seed, total_iterations
@@ -101,7 +104,9 @@ class Learner:
         # An optimizer of its own: in a critic-only update Adam's momentum must not move the policy.
         self._value_optimizer = torch.optim.Adam(value_head.parameters(), lr=config.value_lr, eps=1e-5)
         self._lr_scale = 1.0
-        self.teacher, self.reasoning = teacher, reasoning
+        self.caution = 1.0
+        """Factor on the policy's learning rates and its KL target, which a safeguard lowers."""
+        self.teacher, self.reasoning, self.cotraining = teacher, reasoning, cotraining
         self._teacher_coef = config.teacher.coef
 
     @property
@@ -116,6 +121,7 @@ class Learner:
             "policy_optimizer": self._held.optimizer_state(self._policy_optimizer, keep=self.group.leads),
             "value_optimizer": self._value_optimizer.state_dict(),
             "lr_scale": self._lr_scale,
+            **({"caution": self.caution} if self.caution != 1 else {}),
             **({"teacher_coef": self._teacher_coef} if self.teacher else {}),
             **({"reasoning_coef": self.reasoning.coef} if self.reasoning else {}),
         }
@@ -127,17 +133,18 @@ class Learner:
         self._held.load_optimizer_state(self._policy_optimizer, state["policy_optimizer"])
         self._value_optimizer.load_state_dict(state["value_optimizer"])
         self._lr_scale = float(state["lr_scale"])
+        self.caution = float(state.get("caution", 1.0))
         if self.teacher:
             self._teacher_coef = float(state["teacher_coef"])
         if self.reasoning:
             self.reasoning.coef = float(state["reasoning_coef"])
 
     def target_kl(self, iteration: int) -> float:
-        """Linear from ``target_kl`` in the first iteration to ``final_target_kl`` in the last."""
+        """Linear from ``target_kl`` in the first iteration to ``final_target_kl`` in the last, times the caution."""
         first, last = self.config.target_kl, self.config.final_target_kl
         if last is None:
-            return first
-        return first + (last - first) * min(1.0, iteration / max(1, self.total_iterations - 1))
+            return self.caution * first
+        return self.caution * (first + (last - first) * min(1.0, iteration / max(1, self.total_iterations - 1)))
 
     def update(self, rollout: TensorDict, iteration: int, *, consume: bool = False) -> dict[str, float]:
         """One PPO update on a rollout that has ``advantage`` and ``value_target``.
@@ -166,10 +173,14 @@ class Learner:
             self._add_proximal(data)
         else:
             self._check_before(data)
-        successes, episodes = group.total(int(data["next", "success"].sum()), len(rollout))
+        # Without a critic some episodes may have been left out (`rlvla.judging`): neither kind is counted of those.
+        kept = len(rollout) if self.config.has_critic else int(rollout["mask"].flatten(1).any(dim=1).sum())
+        successes, episodes = group.total(int(data["next", "success"].sum()), kept)
         reason = self.critic_only_reason(iteration, int(successes), int(episodes))
+        if not group.total(int(data["mask"].sum()))[0]:
+            reason = reason or "no episode is left to learn from"
         if reason:
-            metrics = self._critic_epochs(data, iteration)
+            metrics = self._critic_epochs(data, iteration) if self.config.has_critic else dict(self._checked)
         else:
             self._ask_teacher(data)
             self._held.lend()
@@ -185,8 +196,14 @@ class Learner:
             "ppo/kl": kl,
             **others,
             "ppo/critic_only": float(bool(reason)),
-            "value/explained_variance": explained_variance(
-                rollout["state_value"][valid], rollout["value_target"][valid], group.variance
+            **(
+                {
+                    "value/explained_variance": explained_variance(
+                        rollout["state_value"][valid], rollout["value_target"][valid], group.variance
+                    )
+                }
+                if self.config.has_critic
+                else {}
             ),
             "ppo/target_kl": self.target_kl(iteration),
             "optim/policy_lr": self.policy_lr,
@@ -195,9 +212,11 @@ class Learner:
     def critic_only_reason(self, iteration: int, successes: int, episodes: int) -> str:
         """Why this update must leave the policy alone; empty when it need not."""
         config = self.config
-        if iteration < config.critic_only_iterations:
+        if config.has_critic and iteration < config.critic_only_iterations:
             return "the critic has seen nothing yet"
-        if min(successes, episodes - successes) < config.min_successes:
+        # Clones are made of successes alone.
+        needed = successes if config.objective is Objective.clone else min(successes, episodes - successes)
+        if needed < config.min_successes:
             return f"{successes} successes in {episodes} episodes carry no signal"
         return ""
 
@@ -205,7 +224,8 @@ class Learner:
         """One pass gives log-probability and value. All ranks call it equally often."""
         with naming_the_lost():
             scored = self._held.score(batch, self.sampler)
-        return Forward(scored.likelihood, self.value_head(scored.features), scored.auxiliary)
+        read = self.value_head.read(scored.features, scored.tokens, scored.token_mask)
+        return Forward(scored.likelihood, self.value_head.value(read, batch.get("time_left")), scored.auxiliary)
 
     def _ppo_epochs(self, data: TensorDict, iteration: int) -> dict[str, float]:
         config, group = self.config, self.group
@@ -218,21 +238,8 @@ class Learner:
                 if config.auxiliary_weight > 0:
                     _add_next_images(batch, data)
                 new = self.forward(batch)
-                loss = ppo_loss(
-                    log_prob=new.log_prob,
-                    old_log_prob=batch["log_prob"],
-                    mask=batch["mask"],
-                    advantage=batch["advantage"],
-                    value=new.value,
-                    old_value=batch["state_value"],
-                    value_target=batch["value_target"],
-                    reduction=config.reduction.value,
-                    clip_epsilon=config.clip_epsilon,
-                    value_clip=config.value_clip,
-                    value_coef=config.value_coef,
-                    behaviour_weight=batch.get("behaviour_weight"),
-                    totals=self._totals(part),
-                    clip_power=self._clip_power(batch),
+                loss = objective_loss(
+                    config, new.likelihood, new.value, batch, self._totals(part), self._clip_power(batch)
                 )
                 self._policy_optimizer.zero_grad(set_to_none=True)
                 self._value_optimizer.zero_grad(set_to_none=True)
@@ -240,6 +247,10 @@ class Learner:
                 total = loss.total if entropy is None else loss.total - config.entropy_coef * entropy
                 pull = self._pull(new.likelihood, part)
                 total = total if pull is None else total + self._teacher_coef * pull
+                demonstrated: Tensor | None = None
+                if self.cotraining is not None:
+                    demonstrated = self.cotraining.loss(self.sampler, iteration, epoch, num_batches)
+                    total = total + config.demonstrations.weight * demonstrated
                 auxiliary = new.auxiliary.sum() / part.rows
                 self._backward(part.weight * (total + config.auxiliary_weight * auxiliary))
                 if self.reasoning:
@@ -256,15 +267,17 @@ class Learner:
                 with torch.no_grad():
                     kl = self.sampler.kl(new.likelihood.parameters, batch).sum()
                 num_batches += 1
-                measured = {
-                    "loss/policy": float(loss.policy),
-                    "loss/value": part.weight * float(loss.value),
-                    "ppo/clip_fraction": float(loss.clip_fraction),
-                }
+                measured = {"loss/policy": float(loss.policy)}
+                if config.has_critic:
+                    measured["loss/value"] = part.weight * float(loss.value)
+                if config.has_ratio:
+                    measured["ppo/clip_fraction"] = float(loss.clip_fraction)
                 if entropy is not None:
                     measured["ppo/entropy"] = float(entropy.detach())
                 if pull is not None:
                     measured["loss/teacher"] = float(pull.detach())
+                if demonstrated is not None:
+                    measured["loss/demonstrations"] = float(demonstrated.detach())
                 if config.auxiliary_weight > 0:
                     measured["loss/auxiliary"] = part.weight * float(auxiliary.detach())
                 batch_kl, *numbers = group.total(float(kl / part.rows), *measured.values())
@@ -330,8 +343,11 @@ class Learner:
             for part in self._minibatches(data, iteration, epoch):
                 with torch.no_grad():
                     # The acting policy has its weights and is not about to change, so no rank need wait for another.
-                    features = self.policy.value_features(context_of(self.policy, part.data))
-                error = (self.value_head(features) - part.data["value_target"]).square().sum()
+                    context = context_of(self.policy, part.data)
+                    features = self.policy.value_features(context)
+                read = self.value_head.read(features, context.tokens, context.mask)
+                value = self.value_head.value(read, part.data.get("time_left"))
+                error = (value - part.data["value_target"]).square().sum()
                 loss = part.weight * 0.5 * (error / part.rows)
                 self._value_optimizer.zero_grad(set_to_none=True)
                 self._backward(loss)
@@ -479,7 +495,7 @@ class Learner:
         if self.config.lr_schedule is LRSchedule.cosine:
             scale = 0.5 * (1 + float(np.cos(np.pi * iteration / max(1, self.total_iterations))))
         for group in self._policy_optimizer.param_groups:
-            group["lr"] = group["initial_lr"] * scale
+            group["lr"] = group["initial_lr"] * scale * self.caution
 
     def _steer(self, kl: float, target: float) -> None:
         """Move the learning rate towards the KL target; a rate that suits iteration 1 collapses iteration 30."""

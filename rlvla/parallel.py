@@ -14,7 +14,7 @@ from collections.abc import Mapping
 from typing import Any, NamedTuple, cast
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Bool, Float
 from tensordict import TensorDict
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
@@ -36,6 +36,9 @@ class Scored(NamedTuple):
     likelihood: Likelihood
     features: Float[Tensor, "M V"]
     """For the value head; they carry no gradient."""
+    tokens: Float[Tensor, "M S D"]
+    """Of the contexts, as `features`."""
+    token_mask: Bool[Tensor, "M S"]
     auxiliary: Float[Tensor, " M"]
     """The policy's weighted auxiliary losses, where the minibatch has the next images; else zeros."""
 
@@ -54,7 +57,8 @@ def score(policy: ChunkPolicy, batch: TensorDict, sampler: Sampler) -> Scored:
         trained = cast(Policy, policy)
         for name, loss in trained.auxiliary_losses(context, batch["batch"]).items():
             auxiliary = auxiliary + trained.auxiliary_weights[name] * loss
-    return Scored(sampler.score(policy, context, batch), features, auxiliary)
+    likelihood = sampler.score(policy, context, batch)
+    return Scored(likelihood, features, context.tokens.detach(), context.mask, auxiliary)
 
 
 class Scorer(nn.Module):

@@ -71,7 +71,7 @@ class Collector:
                 key=(config.seed, iteration),
                 store_context=context_is_fixed(actor.policy, config.algo.train_vlm, config.algo.freeze),
                 store_inputs=self.store_inputs,
-                value_final=config.algo.bootstrap_time_limit,
+                value_final=config.algo.bootstrap_time_limit and config.algo.has_critic,
                 first_episode=first,
                 num_groups=2 if config.schedule is Schedule.pingpong else 1,
                 on_episodes=self.on_episodes,

@@ -13,7 +13,8 @@ import torch
 from tensordict import TensorDict
 
 from rlvla.acting import Actor
-from rlvla.policies.base import Context, ValueHead, pad_tokens
+from rlvla.critic import time_left
+from rlvla.policies.base import ChunkPolicy, Context, ValueHead, pad_tokens
 from rlvla.samplers import Sampler
 from rlvla.seeding import Stream, keyed_rng
 from rlvla.workers import Envs, Finish, Round
@@ -214,7 +215,7 @@ def collect(
             {
                 **source,
                 **made.stored,
-                "value_features": policy.value_features(thought.context),
+                "value_features": _read(policy, value_head, thought.context),
             },
             batch_size=[len(made.stored)],
             device=device,
@@ -268,11 +269,19 @@ def collect(
     # Values of all decisions at once: a value's last bit depends on how many rows the critic is run on, and how many
     # act at a time depends on how many simulators there are.
     with torch.no_grad():
-        rollout["state_value"] = value_head(rollout.pop("value_features")) * rollout["valid"]
+        if value_head.timed:
+            rollout["time_left"] = time_left(rollout["next", "executed_steps"], envs.spec.max_episode_steps)
+        value = value_head.value(rollout.pop("value_features"), rollout.get("time_left"))
+        rollout["state_value"] = value * rollout["valid"]
     _add_next_values(rollout, actor, value_head, finals)
     executed = torch.arange(policy.horizon, device=device) < rollout["next", "executed_steps"][..., None]
     rollout["mask"] = executed[..., None] & policy.action_mask()
     return rollout
+
+
+@torch.no_grad()
+def _read(policy: ChunkPolicy, value_head: ValueHead, context: Context) -> torch.Tensor:
+    return value_head.read_rows(policy.value_features(context), context.tokens, context.mask)
 
 
 def _arrange(pieces: list[TensorDict], rows: np.ndarray, num_episodes: int, max_decisions: int) -> TensorDict:
@@ -314,7 +323,10 @@ def _add_next_values(
         finals = sorted(finals, key=lambda final: final[:2])
         context: Context = actor.encode(Observation.concatenate([o for _, _, o in finals]))
         with torch.no_grad():
-            final_value = value_head(actor.policy.value_features(context))
+            # Episodes end so at the time limit.
+            final_value = value_head.value(
+                _read(actor.policy, value_head, context), torch.zeros(len(finals), device=value.device)
+            )
         episode = torch.tensor([e for e, _, _ in finals], device=value.device)
         decision = torch.tensor([t for _, t, _ in finals], device=value.device)
         following[episode, decision] = final_value

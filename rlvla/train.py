@@ -12,7 +12,11 @@ from tensordict import TensorDict
 from rlvla.acting import Actor
 from rlvla.checkpoints import Checkpoints, TrainState
 from rlvla.config import AlgoConfig, Discount, Schedule, TrainConfig, WorkersConfig
+from rlvla.cotraining import load_cotraining
+from rlvla.critic import make_value_head
 from rlvla.evaluate import Evaluation, compare, evaluate, measure
+from rlvla.forward_sampler import objective_sampler
+from rlvla.judging import judge, repeat_states
 from rlvla.learner import Learner
 from rlvla.mixing import check_weights, task_weights, training_states
 from rlvla.pipeline import Collector, drop_stale, make_collector
@@ -27,6 +31,7 @@ from rlvla.reasoning import load_reasoning_teacher
 from rlvla.recovery import Incident
 from rlvla.report import write_report
 from rlvla.run import Run, check_output, pick_device
+from rlvla.safeguard import Watch, best_checkpoint, look, significantly_below, watch_of
 from rlvla.samplers import Sampler, training_sampler
 from rlvla.seeding import seed_torch
 from rlvla.teachers import add_teacher_weight, check_teacher_weights, load_teacher
@@ -77,8 +82,8 @@ def prepare(config: TrainConfig, group: Group) -> Side:
     # After the adapters, which are not for its own small layers.
     add_explorer(policy, config.algo)
     require_gradients(policy, trained_groups(policy, config.algo.train_vlm, config.algo.freeze))
-    value_head = ValueHead(policy.value_size, config.algo.value_hidden_sizes).to(device)
-    sampler = training_sampler(policy, config.algo)
+    value_head = make_value_head(policy, config.algo, device)
+    sampler = objective_sampler(training_sampler(policy, config.algo), policy, config.algo)
     learner = Learner(
         policy,
         value_head,
@@ -92,6 +97,7 @@ def prepare(config: TrainConfig, group: Group) -> Side:
         reasoning=load_reasoning_teacher(
             config.algo.reasoning_teacher, policy, Path(config.policy), device, seed=config.seed
         ),
+        cotraining=load_cotraining(policy, config.algo, seed=config.seed, device=device),
     )
     actor = Actor(policy, block=config.inference_batch, device=device)
     return Side(config, group, policy, value_head, sampler, learner, actor)
@@ -144,6 +150,7 @@ def lead(config: TrainConfig, group: Group, losses: Sequence[str] = ()) -> dict[
                     unseen_evaluation=before.name,
                     metrics_bytes=record.metrics_bytes(),
                     success=before.success,
+                    watch=asdict(Watch()) if config.safeguard.enabled else None,
                 )
                 checkpoints.save(state, write_checkpoint)
 
@@ -160,9 +167,11 @@ def lead(config: TrainConfig, group: Group, losses: Sequence[str] = ()) -> dict[
 
                 def states_of(iteration: int, difficulty: dict[str, float] = difficulty) -> list[int]:
                     weights = task_weights(config, envs.spec.task_names(), difficulty)
-                    return training_states(
-                        envs.spec, weights, config.episodes_per_iteration, seed=config.seed, iteration=iteration
+                    size = config.algo.group_size
+                    states = training_states(
+                        envs.spec, weights, config.episodes_per_iteration // size, seed=config.seed, iteration=iteration
                     )
+                    return repeat_states(states, size)
 
                 if group.size > 1:
                     group.broadcast(["iterate", iteration, states_of(iteration)])
@@ -170,7 +179,7 @@ def lead(config: TrainConfig, group: Group, losses: Sequence[str] = ()) -> dict[
                 collected = record.minutes()
 
                 stale = drop_stale(rollout, iteration, config.max_staleness)
-                add_advantages(rollout, config.algo, group)
+                judged = add_advantages(rollout, config.algo, group)
                 add_teacher_weight(rollout, envs.spec, config.algo.teacher)
                 updated = learner.update(rollout, iteration, consume=True)
                 rollout = of_all_ranks(rollout, group)
@@ -186,7 +195,9 @@ def lead(config: TrainConfig, group: Group, losses: Sequence[str] = ()) -> dict[
                     **describe_tasks(rollout, envs.spec),
                     **describe_incidents(incidents),
                     "rollout/stale_decisions": stale,
+                    **judged,
                     **updated,
+                    **({"optim/caution": learner.caution} if config.safeguard.enabled else {}),
                     "time/rollout_s": 60 * (collected - started),
                     "time/update_s": 60 * (record.minutes() - collected),
                 }
@@ -201,6 +212,7 @@ def lead(config: TrainConfig, group: Group, losses: Sequence[str] = ()) -> dict[
                 record.log(row)
                 record.progress.iteration(row)
                 sound_alarms(record, row, config.algo, side.sampler.exploration(config.algo))
+                watch = guard(row, state, side, checkpoints, record)
                 for incident in incidents:
                     record.restart(f"iteration {iteration}", incident)
                 measured: Evaluation | None = None
@@ -220,6 +232,7 @@ def lead(config: TrainConfig, group: Group, losses: Sequence[str] = ()) -> dict[
                     unseen_evaluation=None if measured is None else measured.name,
                     metrics_bytes=record.metrics_bytes(),
                     success=None if measured is None else measured.success,
+                    watch=watch,
                 )
                 # One that was measured may become the best.
                 if measured or (iteration + 1) % config.save_every == 0 or iteration + 1 == config.iterations:
@@ -253,6 +266,48 @@ def lead(config: TrainConfig, group: Group, losses: Sequence[str] = ()) -> dict[
         envs.close()
 
 
+def guard(
+    row: Mapping[str, Any], state: TrainState, side: Side, checkpoints: Checkpoints, record: Run
+) -> dict[str, float] | None:
+    """What the safeguard remembers after an iteration; None without one. When it finds a collapse it has all ranks go
+    back to the best weights, in the place of those that the update has made of the collapsed ones."""
+    config = side.config.safeguard
+    if not config.enabled:
+        return None
+    before = watch_of(state.watch)
+    rate, episodes, iteration = row["rollout/success"], row["rollout/episodes"], row["iteration"]
+    if not episodes:
+        # All were lost with their simulators.
+        return asdict(before)
+    watch, collapsed = look(before, config, iteration, rate, episodes)
+    below = f"rollouts succeed in {rate:.0%}, those of iteration {watch.best} in {watch.successes / watch.episodes:.0%}"
+    if collapsed:
+        folder = best_checkpoint(checkpoints, watch)
+        if folder is None:
+            record.alarm(f"iteration {iteration}", f"{below}, and the checkpoint to go back to is gone or damaged")
+            return asdict(before)
+        side.group.broadcast(["return", str(folder), watch.caution])
+        return_to(side, folder, watch.caution)
+        record.alarm(
+            f"iteration {iteration}",
+            f"collapse: {below}. Went back to {folder.name}; learning rates and KL target are {watch.caution:g} times "
+            f"what they were (return {watch.returns} of at most {config.max_returns})",
+        )
+    elif (
+        watch.returns == config.max_returns
+        and watch == before
+        and significantly_below(round(rate * episodes), episodes, watch.successes, watch.episodes, config.confidence)
+    ):
+        record.alarm(f"iteration {iteration}", f"{below}, and safeguard.max_returns is used up; the run goes on")
+    return asdict(watch)
+
+
+def return_to(side: Side, folder: Path, caution: float) -> None:
+    """Go back to a checkpoint's weights and optimizers, and on more slowly than it did."""
+    load_checkpoint(side, folder)
+    side.learner.caution = caution
+
+
 def limit_reached(config: TrainConfig, minutes: float, env_steps: int) -> str:
     """The limit that ends a run before its iterations do, as one would type it; empty while there is none."""
     if config.max_minutes is not None and minutes >= config.max_minutes:
@@ -283,6 +338,8 @@ def follow(config: TrainConfig, group: Group) -> None:
                     side.learner.state_dict()
                 case ["load", str(folder)]:
                     load_checkpoint(side, Path(folder))
+                case ["return", str(folder), float(caution)]:
+                    return_to(side, Path(folder), caution)
                 case _:
                     return
     finally:
@@ -364,8 +421,15 @@ def resume(checkpoints: Checkpoints, record: Run, side: Side, collector: Collect
 
 
 @torch.no_grad()
-def add_advantages(rollout: TensorDict, algo: AlgoConfig, group: Group = ALONE) -> None:
-    """GAE over chunks; one advantage per decision, normalised over the whole iteration, of all ranks."""
+def add_advantages(rollout: TensorDict, algo: AlgoConfig, group: Group = ALONE) -> dict[str, float]:
+    """GAE over chunks; one advantage per decision, normalised over the whole iteration, of all ranks. Without a critic
+    episodes are judged (`rlvla.judging`).
+
+    Returns:
+        What there is to log of it.
+    """
+    if not algo.has_critic:
+        return judge(rollout, algo, group)
     steps = rollout["next", "executed_steps"]
     ended = rollout["next", "terminated" if algo.bootstrap_time_limit else "done"]
     per_step = algo.discount is Discount.per_step
@@ -383,6 +447,7 @@ def add_advantages(rollout: TensorDict, algo: AlgoConfig, group: Group = ALONE) 
     if algo.normalize_advantage:
         advantage = normalize_advantage(advantage, rollout["valid"], group.moments)
     rollout["advantage"] = advantage
+    return {}
 
 
 def describe(rollout: TensorDict) -> dict[str, float]:
@@ -446,12 +511,14 @@ def sound_alarms(record: Run, row: dict[str, Any], algo: AlgoConfig, exploration
             f"what PPO improves is not what is measured. Change {exploration}"
         )
     if row["ppo/critic_only"]:
-        if iteration >= algo.critic_only_iterations:
+        if not algo.has_critic:
+            alarm("too few successes or failures, or no group that has both; the policy was left alone")
+        elif iteration >= algo.critic_only_iterations:
             alarm("too few successes or failures; trained the critic only")
         return
     if row["ppo/kl"] > 4 * row["ppo/target_kl"]:
         alarm(f"KL {row['ppo/kl']:.3g} is over 4x its target of {row['ppo/target_kl']:.3g}")
-    if row["ppo/clip_fraction"] > MAX_CLIP_FRACTION:
+    if row.get("ppo/clip_fraction", 0.0) > MAX_CLIP_FRACTION:
         alarm(f"{row['ppo/clip_fraction']:.0%} of the ratios are clipped; most of the update is cut off")
-    if row["value/explained_variance"] < 0 and iteration >= 5:
+    if row.get("value/explained_variance", 0.0) < 0 and iteration >= 5:
         alarm("explained variance is negative; the critic misleads")

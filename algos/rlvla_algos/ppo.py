@@ -80,6 +80,7 @@ def ppo_loss(
     behaviour_weight: Float[Tensor, "M *entries"] | None = None,
     totals: Totals | None = None,
     clip_power: Float[Tensor, " M"] | None = None,
+    clip_epsilon_high: float | None = None,
 ) -> PPOLoss:
     """PPO-clip and the clipped value error (arXiv:1707.06347, eqs. 7 and 9).
 
@@ -101,13 +102,16 @@ def ppo_loss(
         totals: of the minibatch that these rows are a part of; None where they are all of it. The results of all parts
             then add up to those of the whole, ``ratio_error`` apart.
         clip_power: of `rlvla_algos.clip.clip_power`: the bounds are raised to it. None leaves them.
+        clip_epsilon_high: half-width above 1, where it is another one than below: a larger one lets what was unlikely
+            and good become likely (DAPO's clip-higher, arXiv:2503.14476).
     """
+    high = clip_epsilon if clip_epsilon_high is None else clip_epsilon_high
     log_ratio, counts = chunk_log_ratio(log_prob, old_log_prob, mask, reduction)
     ratio = log_ratio.exp()
     # A ratio to the power 1 / p is inside the bounds where the ratio is inside the bounds to the power p.
     power = None if clip_power is None else clip_power.reshape(-1, *[1] * (ratio.ndim - 1))
     rooted = ratio if power is None else (log_ratio / power).exp()
-    clipped = rooted.clamp(1 - clip_epsilon, 1 + clip_epsilon)
+    clipped = rooted.clamp(1 - clip_epsilon, 1 + high)
     if power is not None:
         clipped = clipped**power
     weight = advantage.reshape(-1, *[1] * (ratio.ndim - 1))
@@ -116,14 +120,9 @@ def ppo_loss(
     num_counted = counts.sum().clamp(min=1) if totals is None else max(1.0, totals.entries)
     policy = -(torch.minimum(ratio * weight, clipped * weight) * counts).sum() / num_counted
 
-    error = (value - value_target).square()
-    if value_clip is not None:
-        near_old = old_value + (value - old_value).clamp(-value_clip, value_clip)
-        error = torch.maximum(error, (near_old - value_target).square())
-    value_error = 0.5 * (error.mean() if totals is None else error.sum() / totals.rows)
-
+    value_error = value_loss(value, old_value, value_target, value_clip, totals)
     away = (ratio - 1).abs() * counts
-    outside = ((rooted - 1).abs() > clip_epsilon) & counts
+    outside = ((rooted - 1 > high) | (1 - rooted > clip_epsilon)) & counts
     return PPOLoss(
         total=policy + value_coef * value_error,
         policy=policy.detach(),
@@ -131,6 +130,21 @@ def ppo_loss(
         clip_fraction=(outside.sum() / num_counted).detach(),
         ratio_error=away.max().detach(),
     )
+
+
+def value_loss(
+    value: Float[Tensor, " M"],
+    old_value: Float[Tensor, " M"],
+    value_target: Float[Tensor, " M"],
+    value_clip: float | None,
+    totals: Totals | None = None,
+) -> Scalar:
+    """Half the mean squared error of the critic, clipped (arXiv:1707.06347, eq. 9); arguments as in `ppo_loss`."""
+    error = (value - value_target).square()
+    if value_clip is not None:
+        near_old = old_value + (value - old_value).clamp(-value_clip, value_clip)
+        error = torch.maximum(error, (near_old - value_target).square())
+    return 0.5 * (error.mean() if totals is None else error.sum() / totals.rows)
 
 
 def behaviour_weight(

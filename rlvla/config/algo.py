@@ -5,6 +5,7 @@ from dataclasses import dataclass, field
 from enum import Enum
 
 from rlvla.config.checks import check_rates, require
+from rlvla.config.objective import ObjectiveConfig
 from rlvla.config.sampler import Process, SamplerConfig, SamplerKind
 
 
@@ -139,7 +140,7 @@ class ReasoningTeacherConfig:
 
 
 @dataclass(kw_only=True)
-class AlgoConfig:
+class AlgoConfig(ObjectiveConfig):
     """Chunk-level PPO on one Gaussian denoising step (Qwen-VLA, section 4.2; docs/mathematics.md)."""
 
     noise_level: float = 0.5
@@ -167,7 +168,7 @@ class AlgoConfig:
     """Value what lies past the time limit by the critic: right for a task that would go on, but a policy can then
     gain by outlasting the limit. False ends the return there: right when success counts within the limit only."""
     normalize_advantage: bool = True
-    """Over all valid decisions of the iteration."""
+    """Over all valid decisions of the iteration; grpo and rloo, whose groups centre them, are left as they are."""
     epochs: int = 8
     """Passes over an iteration's data. 4 to 10; the KL target ends them early."""
     minibatch_size: int = 256
@@ -209,7 +210,7 @@ class AlgoConfig:
     teacher: TeacherConfig = field(default_factory=TeacherConfig)
     reasoning_teacher: ReasoningTeacherConfig = field(default_factory=ReasoningTeacherConfig)
     critic_only_iterations: int = 1
-    """First iterations that train the critic only."""
+    """First iterations that train the critic only; an estimator without a critic has none."""
     min_successes: int = 8
     """An iteration with fewer successes (or failures) trains the critic only: its advantages are noise."""
     entropy_coef: float = 0.0
@@ -299,3 +300,4 @@ class AlgoConfig:
             self.max_policy_lr,
             f"at least algo.policy_lr ({self.policy_lr}), where it starts",
         )
+        self.check_objective()

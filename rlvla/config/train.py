@@ -7,6 +7,8 @@ from enum import Enum
 from rlvla.config.algo import AlgoConfig, LoraConfig
 from rlvla.config.checks import MISSING, check_common, require
 from rlvla.config.machines import ClusterConfig, LearnersConfig, WorkersConfig
+from rlvla.config.objective import Objective
+from rlvla.config.safeguard import SafeguardConfig
 from rlvla.config.sampler import SamplerKind
 from rlvla_envs.base import SuiteConfig
 
@@ -71,6 +73,7 @@ class TrainConfig:
     learners: LearnersConfig = field(default_factory=LearnersConfig)
     algo: AlgoConfig = field(default_factory=AlgoConfig)
     lora: LoraConfig = field(default_factory=LoraConfig)
+    safeguard: SafeguardConfig = field(default_factory=SafeguardConfig)
     eval: EvalConfig = field(default_factory=EvalConfig)
     schedule: Schedule = Schedule.sync
     """sync: simulators and policy take turns. pingpong: while one half of the actors runs its chunks the policy decides
@@ -127,6 +130,31 @@ class TrainConfig:
             "lora.rank",
             self.lora.rank,
             "0 with algo.sampler.kind=latent, which trains its head alone",
+        )
+        require(
+            self.episodes_per_iteration % self.algo.group_size == 0,
+            "algo.group_size",
+            self.algo.group_size,
+            f"a divisor of episodes_per_iteration (now {self.episodes_per_iteration}): groups are whole",
+        )
+        require(
+            self.schedule is not Schedule["async"] or self.algo.objective is Objective.ppo,
+            "algo.objective",
+            self.algo.objective.value,
+            "ppo with schedule=async: stale decisions are weighed by a likelihood ratio",
+        )
+        require(
+            self.algo.demonstrations.dataset is None or self.learners.num == 1,
+            "algo.demonstrations.dataset",
+            self.algo.demonstrations.dataset,
+            "null with learners.num above 1: the supervised loss is a second pass that the ranks do not share",
+        )
+        require(
+            not self.safeguard.enabled or (self.save_every == 1 and self.schedule is not Schedule["async"]),
+            "safeguard.enabled",
+            True,
+            "false unless save_every=1 and schedule is sync or pingpong: it goes back to the checkpoint that a rollout "
+            "was made with",
         )
         for name in ("max_minutes", "max_env_steps"):
             limit = getattr(self, name)

@@ -206,7 +206,13 @@ def context_is_fixed(policy: ChunkPolicy, train_vlm: bool, freeze: Sequence[str]
 
 
 class ValueHead(nn.Module):
-    """Scalar value of detached features: linear as in Qwen-VLA (section 4.2), or with hidden layers."""
+    """Scalar value of detached features: linear as in Qwen-VLA (section 4.2), or with hidden layers.
+
+    `rlvla.critic.Critic` reads more.
+    """
+
+    timed = False
+    """Whether `value` reads the time."""
 
     def __init__(self, num_features: int, hidden_sizes: tuple[int, ...] = ()) -> None:
         super().__init__()
@@ -221,3 +227,24 @@ class ValueHead(nn.Module):
         # In the head's own precision: the features may be bfloat16.
         value: Tensor = self.layers(features.to(next(self.layers.parameters()).dtype))
         return value[..., 0]
+
+    def read(
+        self, features: Float[Tensor, "B V"], tokens: Float[Tensor, "B S D"], mask: Bool[Tensor, "B S"]
+    ) -> Float[Tensor, "B W"]:
+        """What `value` needs of contexts, given the policy's value features."""
+        return features
+
+    def read_rows(
+        self, features: Float[Tensor, "B V"], tokens: Float[Tensor, "B S D"], mask: Bool[Tensor, "B S"]
+    ) -> Float[Tensor, "B W"]:
+        """`read`, with bits that do not depend on which rows there are: for rollouts."""
+        return features
+
+    def value(self, features: Float[Tensor, "*B W"], time_left: Float[Tensor, "*B"] | None) -> Float[Tensor, "*B"]:
+        """Values of what was `read`.
+
+        Args:
+            time_left: share of the time limit that is left, in [0, 1]; None where the head is not ``timed``.
+        """
+        value: Tensor = self(features)
+        return value

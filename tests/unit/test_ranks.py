@@ -16,13 +16,16 @@ from torch.distributed.tensor import DTensor
 
 from rlvla.config import (
     AlgoConfig,
+    Estimator,
     LearnerStrategy,
     LoraConfig,
     LRSchedule,
+    Objective,
     ReasoningTeacherConfig,
     Reduction,
     TeacherConfig,
 )
+from rlvla.forward_sampler import VELOCITY, ForwardSampler, objective_sampler
 from rlvla.learner import InvariantError, Learner
 from rlvla.parallel import score
 from rlvla.policies.base import Context, ValueHead
@@ -120,6 +123,7 @@ def parts(policy: nn.Module, group: Group, strategy: LearnerStrategy, **changes:
     flow = FlowSampler(Schedule(*(column.double() for column in flow_sde_schedule(4, 0.5))))
     sampler = DistributionSampler() if isinstance(policy, SmallDistribution) else flow
     config = AlgoConfig(**{**CONFIG, **changes})
+    sampler = objective_sampler(sampler, policy, config)  # type: ignore[arg-type]
     return Learner(
         policy,  # type: ignore[arg-type]
         head,
@@ -172,6 +176,12 @@ def rollout_of(policy: Any, learner: Learner, iteration: int, share: slice, grou
         },
         batch_size=shape,
     )[share]
+    if isinstance(learner.sampler, ForwardSampler):
+        drawn = {"action": draw(H, K), "noise": draw(2, H, K), "tau": draw(2).sigmoid()}
+        data["forward"] = TensorDict(drawn, batch_size=shape)[share]
+    # The ranks share one group between them.
+    state = torch.arange(EPISODES) // 4
+    data["initial_state"] = state[share, None].expand(data.batch_size).clone()
     flat = data.flatten()
     with torch.no_grad():
         context = policy.encode(flat["batch"])
@@ -186,6 +196,8 @@ def rollout_of(policy: Any, learner: Learner, iteration: int, share: slice, grou
             flat["after"] = flat["before"]
             scored = score(policy, flat, learner.sampler).likelihood.parameters
             flat["mean"] = scored["mean"]
+            if isinstance(learner.sampler, ForwardSampler):
+                flat["forward", "velocity"] = scored[VELOCITY]
             flat["after"] = scored["mean"] + scored["std"] * flat.pop("draw")
         flat["log_prob"] = score(policy, flat, learner.sampler).likelihood.log_prob
         flat["state_value"] = learner.value_head(policy.value_features(context)) * flat["valid"]
@@ -312,6 +324,31 @@ def test_two_ranks_agree_on_sums_moments_and_messages(tmp_path: Path) -> None:
     assert [message["rank"] for message in found["gathered"]] == [0, 1]
     assert len(found["gathered"][1]["said"]) == 305
     assert found["order"] == ["go", [1, 2]]
+
+
+@pytest.mark.parametrize(
+    ("strategy", "changes"),
+    [
+        pytest.param(
+            LearnerStrategy.ddp,
+            {"estimator": Estimator.grpo, "group_size": 4, "min_group_success": 0.1, "max_group_success": 0.9},
+            id="filtered-groups",
+        ),
+        pytest.param(LearnerStrategy.fsdp, {"estimator": Estimator.reinforce_pp, "objective": Objective.nft}, id="nft"),
+        pytest.param(LearnerStrategy.ddp, {"estimator": Estimator.success, "objective": Objective.clone}, id="clones"),
+    ],
+)
+def test_two_ranks_equal_one_without_a_critic(
+    strategy: LearnerStrategy, changes: dict[str, Any], tmp_path: Path
+) -> None:
+    alone = train(ALONE, strategy, range(2), None, **changes)
+    both = done(on_two_ranks(tmp_path / "run", train, strategy, range(2), None, **changes))
+    for of_rank in both:
+        assert_close(alone["metrics"], of_rank["metrics"])
+        assert_close(alone["policy"], of_rank["policy"])
+    moved = (alone["policy"]["expert.0.weight"] - new_policy().state_dict()["expert.0.weight"]).abs().max()
+    assert moved > 1e-3
+    assert [row["ppo/critic_only"] for row in alone["metrics"]] == [0, 0]
 
 
 @pytest.mark.parametrize("strategy", STRATEGIES)
