@@ -116,7 +116,7 @@ class Policy(nn.Module):
         does not fit into the 8 bits of a bfloat16."""
         rotary: list[Any] = [m for m in self.modules() if isinstance(getattr(m, "inv_freq", None), Tensor)]
         kept = [module.inv_freq.float() for module in rotary]
-        nn.Module._apply(self, fn, recurse)  # type: ignore[no-untyped-call]
+        nn.Module._apply(self, fn, recurse)
         for module, frequency in zip(rotary, kept, strict=True):
             if not module.inv_freq.is_meta:
                 module.inv_freq = frequency.to(module.inv_freq.device)
