@@ -99,7 +99,7 @@ def chosen_tasks(suite: str, choice: str) -> tuple[Task, ...]:
             chosen.append(by_name[word])
         elif word.isdecimal() and int(word) < len(tasks):
             chosen.append(tasks[int(word)])
-        elif any(task.perturbation == word for task in tasks):
+        elif word and any(task.perturbation == word for task in tasks):
             chosen += [task for task in tasks if task.perturbation == word]
         else:
             close = difflib.get_close_matches(word, [*by_name, "all"], n=1)
