@@ -198,7 +198,7 @@ def test_the_yaml_has_the_limit_and_all_states(suite: str) -> None:
     assert (config.image_size, config.chunk_size, config.python) == (256, 8, None)
 
 
-def test_what_has_an_expert_is_trained_on_and_the_rest_is_held_out() -> None:
+def test_all_of_libero_is_held_out_also_what_has_an_expert() -> None:
     assert set(SUITE_NAMES) <= HELD_OUT
 
 
