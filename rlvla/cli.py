@@ -12,7 +12,7 @@ VERBS = {
     "eval": "measure a policy on held-back initial states",
     "forgetting": "measure what a policy's language model has lost, on questions of yours",
     "compare": "say what one policy gained and lost against another, suite by suite, with exact tests",
-    "suites": "list the suites and what each lacks on this machine",
+    "suites": "list the suites and what each lacks on this machine, or set one up",
     "import": "turn a checkpoint of LeRobot, openpi or starVLA into a policy folder",
     "export": "write an imported policy back in the format it came from",
     "doctor": "say what works on this machine, how to cure the rest, and what memory a run takes",
@@ -21,7 +21,7 @@ VERBS = {
 POSITIONAL = {
     "eval": "       rlvla eval POLICY... suites=[NAME,...] [key=value ...]   its options: add suites=[NAME] to this",
     "compare": "       rlvla compare BEFORE AFTER suites=[NAME,...] [key=value ...]   policy folders or result files",
-    "suites": "       rlvla suites [NAME ...]",
+    "suites": "       rlvla suites [list|status|setup] [NAME ...]",
     "import": "       rlvla import FORMAT CHECKPOINT output=FOLDER suite=NAME [key=value ...]",
     "export": "       rlvla export POLICY output=FOLDER",
 }

@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 from rlvla.config import ConfigError, SuitesAction
+from rlvla_envs.suites import homes
 
 ACROSS_SUITES = ("eval_suites", "compare")
 """Schemas with ``suites``, a mapping."""
@@ -65,7 +66,7 @@ def read_words(verb: str, words: Sequence[str], known_suites: Sequence[str]) -> 
         if bare[0] in {action.value for action in SuitesAction}:
             settings.append(f"action={bare.pop(0)}")
         for name in bare:
-            _require_suite(name, known_suites)
+            _require_suite(name, [*known_suites, *homes()])
         fixed["names"] = bare
     elif verb in PLACES and len(bare) <= len(PLACES[verb]):
         fixed |= dict(zip(PLACES[verb], bare, strict=False))

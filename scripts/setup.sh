@@ -11,6 +11,7 @@
 #   RLVLA_PYTHON  interpreter that makes .venv              (default: the first of 3.11, 3.12, 3.13)
 #   RLVLA_TORCH   what pip shall install as torch: requirement and options, split at spaces, such as
 #                 "torch==2.9.1" or "--find-links /mnt/wheels torch"
+#   RLVLA_LIBERO  1 also makes LIBERO's environment, 750 MB to download (default: not; docs/how-to/libero.md)
 #   RLVLA_ETC     where the machine's os-release and apt/ are (default: /etc)
 set -euo pipefail
 
@@ -213,6 +214,17 @@ install_vulkan() {
     fi
 }
 
+# --- LIBERO, if wanted --------------------------------------------------------------------------------
+
+install_libero() {
+    [[ -n ${RLVLA_LIBERO:-} ]] || return 0
+    if ! "$python" -c 'import ctypes; ctypes.CDLL("libOSMesa.so.8")' 2> /dev/null && may_use_apt; then
+        say "installing OSMesa with apt-get"
+        DEBIAN_FRONTEND=noninteractive apt-get -qq install -y --no-install-recommends libosmesa6 > /dev/null || true
+    fi
+    "$python" -m rlvla.cli suites setup libero > /dev/null
+}
+
 # ----------------------------------------------------------------------------------------------------
 
 # Two runs at once would write one .venv. The lock is this file, and goes with the process.
@@ -228,6 +240,7 @@ case ${1:-} in
     "")
         install_packages # on a line of its own: set -e is off inside a && b
         install_vulkan
+        install_libero
         ;;
     --packages) install_packages ;;
     --vulkan) install_vulkan ;;

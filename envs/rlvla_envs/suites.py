@@ -8,20 +8,42 @@ import json
 import os
 import re
 import subprocess
+from dataclasses import replace
 from pathlib import Path
 from types import ModuleType
 from typing import NamedTuple
 
 from rlvla_envs.base import SuiteConfig, VecEnv
+from rlvla_envs.suite_home import Home
 
 SUITES = {
     "toy": "rlvla_envs.toy:ToyEnv",
     "maniskill": "rlvla_envs.maniskill:ManiSkillEnv",
     "simpler_env": "rlvla_envs.simpler_env:SimplerEnv",
     "simpler_env_ood": "rlvla_envs.simpler_env:SimplerEnv",
+    "libero_spatial": "rlvla_envs.libero:LiberoEnv",
+    "libero_object": "rlvla_envs.libero:LiberoEnv",
+    "libero_goal": "rlvla_envs.libero:LiberoEnv",
+    "libero_10": "rlvla_envs.libero:LiberoEnv",
+    "libero_90": "rlvla_envs.libero:LiberoEnv",
+    "libero_spatial_pro": "rlvla_envs.libero:LiberoEnv",
+    "libero_object_pro": "rlvla_envs.libero:LiberoEnv",
+    "libero_goal_pro": "rlvla_envs.libero:LiberoEnv",
+    "libero_10_pro": "rlvla_envs.libero:LiberoEnv",
 }
 
-HELD_OUT = {"simpler_env_ood"}
+HELD_OUT = {
+    "simpler_env_ood",
+    "libero_spatial",
+    "libero_object",
+    "libero_goal",
+    "libero_10",
+    "libero_90",
+    "libero_spatial_pro",
+    "libero_object_pro",
+    "libero_goal_pro",
+    "libero_10_pro",
+}
 """Suites that are there to be measured on; nothing is trained on them."""
 
 
@@ -53,6 +75,36 @@ def interpreter_path(python: str) -> str:
     )
 
 
+def home_of(name: str) -> Home | None:
+    """The environment that `rlvla suites setup` makes for a suite, where it has one."""
+    home: Home | None = getattr(suite_module(name), "HOME", None)
+    return home
+
+
+def homes() -> dict[str, Home]:
+    """Every such environment by its name."""
+    found = filter(None, map(home_of, SUITES))
+    return {home.name: home for home in found}
+
+
+def interpreter_of(config: SuiteConfig) -> str | None:
+    """The interpreter that hosts a suite: ``suite.python``; else this one (None) where it can; else the suite's home.
+
+    It is found here and not written into the configuration, so that results of two machines have one identity.
+
+    Raises:
+        ValueError: no such interpreter; a NotReadyError for a suite that is not set up.
+    """
+    if config.python is not None:
+        return interpreter_path(config.python)
+    home = home_of(config.name)
+    if home is None or home.is_here():
+        return None
+    if complaint := home.complaint():
+        raise NotReadyError(f"{complaint} Run: {home.cure}", fix=home.cure)
+    return str(home.interpreter())
+
+
 def make_env(config: SuiteConfig, num_envs: int) -> VecEnv:
     """Build ``num_envs`` simulators of a suite: in this process, or in another interpreter if the suite names one.
 
@@ -61,18 +113,25 @@ def make_env(config: SuiteConfig, num_envs: int) -> VecEnv:
         RuntimeError: the simulator cannot run on this machine; the message has the cure.
     """
     check_suite(config)
-    if config.python is not None:
-        from rlvla_envs.foreign import ForeignEnv
+    python = interpreter_of(config)
+    if python is None:
+        return make_env_here(config, num_envs)
+    from rlvla_envs.foreign import ForeignEnv
 
-        return ForeignEnv(config, num_envs)
+    return ForeignEnv(replace(config, python=python), num_envs)
+
+
+def make_env_here(config: SuiteConfig, num_envs: int) -> VecEnv:
+    """`make_env` in this very interpreter."""
+    check_suite(config)
     env: VecEnv = getattr(suite_module(config.name), SUITES[config.name].split(":")[1])(config, num_envs)
     return env
 
 
 def suite_module(name: str) -> ModuleType:
     """The module of a suite. Beside its class it may have ``memory_mb`` (`check_memory`), ``check_ready``
-    (`check_ready`), ``outline`` (`outline`), ``VERSION`` and ``PACKAGES`` (`suite_version`) and ``RENDERER`` ("vulkan"
-    or "mujoco")."""
+    (`check_ready`), ``outline`` (`outline`), ``VERSION`` and ``PACKAGES`` (`suite_version`), ``RENDERER`` ("vulkan"
+    or "mujoco") and ``HOME`` (`home_of`)."""
     return importlib.import_module(SUITES[name].split(":")[0])
 
 
@@ -140,19 +199,20 @@ def suite_version(config: SuiteConfig) -> dict[str, str]:
     module = suite_module(config.name)
     packages: tuple[str, ...] = getattr(module, "PACKAGES", ())
     found = {"suite": str(getattr(module, "VERSION", "1"))}
-    if config.python is None:
+    python = interpreter_of(config)
+    if python is None:
         return found | {name: _package_version(name) for name in packages}
     code = (
         "import importlib.metadata as m, json, sys\n"
         "have = {d.metadata['Name'].lower().replace('_', '-'): d.version for d in m.distributions()}\n"
         "print(json.dumps({n: have.get(n, 'absent') for n in sys.argv[1:]}))"
     )
-    command = [interpreter_path(config.python), "-c", code, *packages]
+    command = [python, "-c", code, *packages]
     try:
         said = subprocess.run(command, capture_output=True, text=True, timeout=120, check=True).stdout
         return found | dict(json.loads(said.splitlines()[-1]))
     except (OSError, subprocess.SubprocessError, ValueError, IndexError) as error:
-        raise ValueError(f"suite.python is {config.python!r}, which does not say its packages: {error}.") from error
+        raise ValueError(f"{config.name} is hosted by {python}, which does not say its packages: {error}.") from error
 
 
 def _package_version(name: str) -> str:

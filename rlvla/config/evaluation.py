@@ -101,19 +101,30 @@ class CompareConfig(_AcrossSuites):
 
 class SuitesAction(Enum):
     list = "list"
+    status = "status"
+    setup = "setup"
 
 
 @dataclass(kw_only=True)
 class SuitesConfig:
-    """`rlvla suites`: the suites there are, and what each lacks on this machine."""
+    """`rlvla suites`: the suites there are, what each lacks on this machine, and setting them up."""
 
     action: SuitesAction = SuitesAction.list
-    """list: a table of the suites."""
+    """list: a table of the suites. status: where those with an interpreter of their own live, and what is installed
+    there. setup: make that interpreter."""
     names: tuple[str, ...] = ()
-    """Files of configs/suite, the words without a key; empty means all."""
+    """Files of configs/suite, or environments such as libero: the words without a key. Empty means all, but for
+    setup, which wants names."""
+    trial: bool = True
+    """Play a chunk after setting up."""
+    trial_timeout_s: float = 600.0
+    """For that chunk: a busy machine is slow."""
 
     def __post_init__(self) -> None:
         self.names = tuple(self.names)
+        setup = self.action is SuitesAction.setup
+        require(bool(self.names) or not setup, "names", "empty", "at least one: `rlvla suites setup libero`")
+        require(self.trial_timeout_s > 0, "trial_timeout_s", self.trial_timeout_s, "positive")
 
 
 @dataclass(kw_only=True)
