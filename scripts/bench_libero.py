@@ -114,7 +114,7 @@ def main() -> None:
             "# Measured: LIBERO, drawn where the policy looks\n\n<!-- Written by scripts/bench_libero.py. -->\n\n"
             f"{arguments.suite}, task {arguments.task}, two cameras of {arguments.size} pixels, chunks of "
             f"{arguments.chunk}, {steps} steps in each loop, in turns in one run of\n\n```\n{command}\n```\n\n"
-            f"on {versions()['cpu']}, {os.cpu_count()} cores, load {load:.1f} (other jobs shared them), "
+            f"on {versions()['cpu']}, load {load:.1f} (other jobs shared them), "
             f"{datetime.now(UTC):%Y-%m-%d}; {said}, OSMesa.\n\n{summary}\n\n"
             "Random actions of half the range from stored state 0; resets are not counted. "
             "[Why a camera is gated and not switched off](../adr/0033-libero.md).\n"
