@@ -14,6 +14,7 @@ endif
 
 # A file's tests stay together, because they share what was expensive to make. In the order of their folders: the slow
 # files of e2e are then not the last ones, when nobody is left to share the work.
+# One thread each: two that compute on two threads on two cores wait for each other more than they work.
 IN_PARALLEL = -n auto --maxprocesses 4 --dist loadfile --no-loadscope-reorder
 
 .NOTPARALLEL:
@@ -38,7 +39,7 @@ lint:
 	@$(PYTHON) -m mypy
 
 test: setup lint ## everything that must hold: ruff, mypy, all tests
-	@$(PYTHON) -m pytest $(IN_PARALLEL)
+	@OMP_NUM_THREADS=1 $(PYTHON) -m pytest $(IN_PARALLEL)
 
 check: packages lint ## before every commit: ruff, mypy, unit and contract tests without simulators
 	@$(PYTHON) -m pytest -m "not simulator and not slow" tests/unit tests/contract algos
