@@ -19,7 +19,7 @@ from rlvla.compose import group_choices
 from rlvla.run import versions
 
 PAGE = ROOT / "docs" / "benchmarks" / "policies.md"
-# pi0.5 reads the state from digits in its prompt. From 60 demonstrations it learns them by heart: .08 after 4000 steps.
+# pi0.5 reads the state from digits in its prompt, and learns 60 demonstrations by heart.
 OF_ITS_OWN = {"pi05_toy": (1000, ["suite=toy", "steps=3000", "batch_size=64", "noise_draws=4", "first_steps_weight=1"])}
 
 

@@ -85,13 +85,16 @@ class Policy(nn.Module):
     def encode(self, batch: TensorDict) -> Context: ...
 
     @abstractmethod
-    def value_features(self, context: Context) -> Float[Tensor, "B V"]: ...
-
-    @abstractmethod
     def parameter_groups(self) -> dict[str, list[nn.Parameter]]: ...
 
     @abstractmethod
     def sharding_units(self) -> list[nn.Module]: ...
+
+    def value_features(self, context: Context) -> Float[Tensor, "B V"]:
+        parts = [context.pooled]
+        if self.config.value_uses_state:
+            parts.append(context.state)
+        return torch.cat(parts, dim=-1).detach()
 
     def action_mask(self) -> Bool[Tensor, "H K"]:
         return self._action_mask

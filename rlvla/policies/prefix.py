@@ -348,12 +348,6 @@ class PrefixPolicy(PolicyWithFlow):
             per_token={"keys": keys, "values": values},
         )
 
-    def value_features(self, context: Context) -> Float[Tensor, "B V"]:
-        parts = [context.pooled]
-        if self.config.value_uses_state:
-            parts.append(context.state)
-        return torch.cat(parts, dim=-1).detach()
-
     def velocity(
         self,
         context: Context,

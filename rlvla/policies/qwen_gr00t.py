@@ -24,12 +24,10 @@ from rlvla_envs.base import EnvSpec
 
 
 @dataclass(kw_only=True)
-class QwenGr00tConfig:
-    """A QwenGR00T policy."""
+class StarVlaFlowConfig:
+    """What starVLA's policies with a flow head share."""
 
-    name: str = "qwen_gr00t"
     vlm: BrainConfig = field(default_factory=BrainConfig)
-    expert: Gr00tHeadConfig = field(default_factory=Gr00tHeadConfig)
     prompt: PromptConfig = field(default_factory=PromptConfig)
     num_denoising_steps: int = 4
     """N: Euler steps from noise to action, in SFT evaluation, rollouts and the learner alike. 2 to 10."""
@@ -47,13 +45,24 @@ class QwenGr00tConfig:
     that were trained so; PPO scores executed entries either way."""
 
     def __post_init__(self) -> None:
-        check_name(self.name, "qwen_gr00t")
         check_steps(self.num_denoising_steps)
         self.image_sizes, self.cameras = tuple(self.image_sizes), tuple(self.cameras)
 
     def tokenizer_texts(self, spec: EnvSpec, instructions: list[str]) -> list[str]:
         """What a tokenizer that is trained for this policy must write briefly."""
         return chat_texts([self.prompt], spec, instructions)
+
+
+@dataclass(kw_only=True)
+class QwenGr00tConfig(StarVlaFlowConfig):
+    """A QwenGR00T policy."""
+
+    name: str = "qwen_gr00t"
+    expert: Gr00tHeadConfig = field(default_factory=Gr00tHeadConfig)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_name(self.name, "qwen_gr00t")
 
 
 def check_steps(num_denoising_steps: int) -> None:
@@ -90,12 +99,6 @@ class Gr00tPolicy(PromptedPolicy, PolicyWithFlow):
             prompt.chat(self.env_spec, instruction), tokenize=False, add_generation_prompt=True
         )
         return text
-
-    def value_features(self, context: Context) -> Float[Tensor, "B V"]:
-        parts = [context.pooled]
-        if self.config.value_uses_state:
-            parts.append(context.state)
-        return torch.cat(parts, dim=-1).detach()
 
     def velocity(
         self,

@@ -165,12 +165,6 @@ class QwenOft(PromptedPolicy, PolicyWithDistribution):
             batch["state"],
         )
 
-    def value_features(self, context: Context) -> Float[Tensor, "B V"]:
-        parts = [context.pooled]
-        if self.config.value_uses_state:
-            parts.append(context.state)
-        return torch.cat(parts, dim=-1).detach()
-
     def distribution(self, context: Context) -> NormalBernoulli:
         """Gaussian about the regressed chunk. A gripper is one of its channels, cut at 0.5 where it acts."""
         location = self._regress(context)

@@ -13,46 +13,24 @@ from torch import Tensor
 from rlvla.policies.action_stats import ActionStats
 from rlvla.policies.architectures import check_name
 from rlvla.policies.base import Context
-from rlvla.policies.brain import BrainConfig, PromptConfig, chat_texts
 from rlvla.policies.gr00t_head import FlowHead
 from rlvla.policies.layerwise_head import LayerwiseHead, LayerwiseHeadConfig, read_layers
 from rlvla.policies.prompted import pool
-from rlvla.policies.qwen_gr00t import QwenGr00t, check_steps
+from rlvla.policies.qwen_gr00t import QwenGr00t, StarVlaFlowConfig
 from rlvla_envs.base import EnvSpec
 
 
 @dataclass(kw_only=True)
-class QwenPiConfig:
+class QwenPiConfig(StarVlaFlowConfig):
     """A QwenPI policy."""
 
     name: str = "qwen_pi"
-    vlm: BrainConfig = field(default_factory=BrainConfig)
     expert: LayerwiseHeadConfig = field(default_factory=LayerwiseHeadConfig)
-    prompt: PromptConfig = field(default_factory=PromptConfig)
-    num_denoising_steps: int = 4
-    """N: Euler steps from noise to action, in SFT evaluation, rollouts and the learner alike. 2 to 10."""
-    use_state: bool = True
-    """Give the head one token of normalised proprioception."""
-    value_uses_state: bool = True
-    """Append that state to the critic's features, which are the mean of the VLM's hidden states."""
-    image_sizes: tuple[int, ...] = ()
-    """Sides of the squares that images are resized to, one after the other; empty takes the suite's images as they are.
-    starVLA resizes to 224, Qwen3-VL's processor then to 256."""
-    cameras: tuple[str, ...] = ()
-    """Order of the suite's cameras in the prompt; empty is the suite's own."""
-    denoise_padding: bool = False
-    """Draw and denoise noise in all H x K entries, as starVLA does, and not in executed ones alone. For checkpoints
-    that were trained so; PPO scores executed entries either way."""
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         check_name(self.name, "qwen_pi")
-        check_steps(self.num_denoising_steps)
-        self.image_sizes, self.cameras = tuple(self.image_sizes), tuple(self.cameras)
         self.expert.check_vlm(self.vlm.num_hidden_layers, self.vlm.hidden_size)
-
-    def tokenizer_texts(self, spec: EnvSpec, instructions: list[str]) -> list[str]:
-        """What a tokenizer that is trained for this policy must write briefly."""
-        return chat_texts([self.prompt], spec, instructions)
 
 
 class QwenPi(QwenGr00t):

@@ -7,7 +7,6 @@ the same class with different YAML (configs/policy).
 from dataclasses import dataclass, field
 from typing import Any
 
-import torch
 from jaxtyping import Bool, Float, Int
 from tensordict import TensorDict
 from torch import Tensor, nn
@@ -73,12 +72,6 @@ class QwenVLA(PromptedPolicy, PolicyWithFlow):
         ).last_hidden_state
         mask = batch["mask"]
         return Context(tokens, mask, batch["position_ids"], pool(tokens, mask), batch["state"])
-
-    def value_features(self, context: Context) -> Float[Tensor, "B V"]:
-        parts = [context.pooled]
-        if self.config.value_uses_state:
-            parts.append(context.state)
-        return torch.cat(parts, dim=-1).detach()
 
     def velocity(
         self,

@@ -119,12 +119,6 @@ class VLM4VLA(PromptedPolicy, PolicyWithDistribution):
             batch["state"],
         )
 
-    def value_features(self, context: Context) -> Float[Tensor, "B V"]:
-        parts = [context.pooled]
-        if self.config.value_uses_state:
-            parts.append(context.state)
-        return torch.cat(parts, dim=-1).detach()
-
     def distribution(self, context: Context) -> NormalBernoulli:
         """Gaussian poses about the regressed ones, and a Bernoulli of each gripper channel."""
         location = self._regress(context)
