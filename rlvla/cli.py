@@ -49,7 +49,7 @@ def main(argv: list[str] | None = None) -> None:
     debug = "--debug" in arguments
     arguments = [a for a in arguments if a != "--debug"]
     if not arguments or arguments[0] in ("-h", "--help", "help"):
-        print(_help())
+        _say(_help())
         return
     if arguments[0] in ("-V", "--version"):
         from rlvla import __version__
@@ -66,7 +66,7 @@ def main(argv: list[str] | None = None) -> None:
     before = signal.signal(signal.SIGTERM, _terminate)
     try:
         if "-h" in overrides or "--help" in overrides:
-            print(_verb_help(verb, [o for o in overrides if o not in ("-h", "--help")]))
+            _say(_verb_help(verb, [o for o in overrides if o not in ("-h", "--help")]))
             return
         _run(verb, overrides)
     except KeyboardInterrupt as interrupt:
@@ -95,7 +95,7 @@ def _run(verb: str, overrides: list[str]) -> None:
     show = [o for o in overrides if o in ("--cfg", "--resolve", "job")]
     config = compose(verb, [o for o in overrides if o not in show])
     if show:
-        print(to_yaml(config), end="")
+        _say(to_yaml(config).removesuffix("\n"))
         return
     _quieten()
     modules = {"EvaluateConfig": "evaluate", "EvaluateSuitesConfig": "evaluate_suites"}
@@ -105,6 +105,17 @@ def _run(verb: str, overrides: list[str]) -> None:
     print(json.dumps(summary))
     if not summary.get("ok", True):
         raise SystemExit(1)
+
+
+def _say(text: str) -> None:
+    """Print what a user may read through `head`, which leaves before the end."""
+    import os
+
+    try:
+        print(text, flush=True)
+    except BrokenPipeError:
+        # Or the interpreter complains when it closes the stream.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def _quieten() -> None:

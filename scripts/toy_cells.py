@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable, Iterable
@@ -61,6 +62,8 @@ def collect(output: Path, episodes: int) -> Path:
 def sft(folder: Path, *words: str) -> Path:
     """The policy folder of an SFT stage in ``folder``, made once."""
     if not (folder / "summary.json").exists():
+        # An SFT stage that was stopped does not go on, and does not make way by itself.
+        shutil.rmtree(folder, ignore_errors=True)
         rlvla(folder.with_suffix(".log"), "sft", *words, f"output={folder}")
     return folder / "policy"
 

@@ -62,6 +62,16 @@ class Pi05Config(PrefixOptions):
         super().__post_init__()
         check_name(self.name, "pi05")
 
+    def tokenizer_texts(self, spec: EnvSpec, instructions: list[str]) -> list[str]:
+        """What a tokenizer that is trained for this policy must write briefly.
+
+        Each number of the state is a text of its own, so that it becomes one token behind one space: a small model
+        reads a table of 256 numbers, but not digits that merge with what happens to stand beside them.
+        """
+        # Oftener than the colon and space of the texts around them: what merges first takes a number's space away.
+        numbers = [f" {number}" for number in range(-1, STATE_BINS)] * (2 * len(instructions) + 2)
+        return numbers + [f"Task: {text}, State:" for text in instructions] + [";\nAction: "]
+
 
 class PaliGemmaPolicy(PrefixPolicy):
     """What pi0 and pi0.5 share."""

@@ -1,10 +1,9 @@
 """What tests need that start `rlvla` in a process, kill it and compare what two runs left."""
 
 import json
+import multiprocessing
 import os
 import signal
-import subprocess
-import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import suppress
@@ -13,7 +12,7 @@ from typing import Any
 
 import torch
 
-from rlvla import collect, sft
+from rlvla import cli, collect, sft
 from rlvla.compose import compose
 
 # One environment: an evaluation takes long enough to be killed in.
@@ -38,22 +37,58 @@ def make_policy(root: Path, suite: list[str], *settings: str) -> Path:
     return root / "sft" / "policy"
 
 
-def start(verb: str, settings: list[str]) -> "subprocess.Popen[str]":
-    return subprocess.Popen(
-        [sys.executable, "-m", "rlvla.cli", verb, *settings],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        start_new_session=True,
-    )
+class Started:
+    """`rlvla VERB ...` in a process and a process group of its own.
+
+    It is forked from a process that has imported everything and in which nothing has run: a test that starts six waits
+    for torch and transformers once. `test_bad_input` and others start the program itself.
+    """
+
+    def __init__(self, verb: str, settings: list[str], said: Path) -> None:
+        self._said = said
+        context = multiprocessing.get_context("forkserver")
+        context.set_forkserver_preload(
+            ["rlvla.train", "rlvla.evaluate", "rlvla.policies.qwen_vla", "transformers.models.qwen3_5"]
+        )
+        self._process = context.Process(target=_enter, args=([verb, *settings], said))
+        self._process.start()
+
+    def ended(self, timeout: float | None = None) -> int | None:
+        """The exit status; None while it runs."""
+        self._process.join(timeout)
+        return self._process.exitcode
+
+    def kill(self) -> None:
+        """SIGKILL the whole process group, and wait for its end."""
+        assert self._process.pid is not None
+        with suppress(ProcessLookupError):
+            os.killpg(self._process.pid, signal.SIGKILL)
+        self._process.join()
+
+    @property
+    def said(self) -> str:
+        """What it has written to stderr."""
+        return self._said.read_text()
+
+
+def _enter(words: list[str], said: Path) -> None:
+    os.setsid()
+    for number in (1, 2):
+        os.dup2(os.open(said if number == 2 else os.devnull, os.O_WRONLY | os.O_CREAT | os.O_TRUNC), number)
+    cli.main(words)
+
+
+def start(verb: str, settings: list[str]) -> Started:
+    (output,) = [setting.removeprefix("output=") for setting in settings if setting.startswith("output=")]
+    return Started(verb, settings, Path(f"{output}.stderr"))
 
 
 def finish(verb: str, settings: list[str]) -> str:
     """Run to the end; what it said on stderr."""
     process = start(verb, settings)
-    _, said = process.communicate(timeout=300)
-    assert process.returncode == 0, said
-    return said
+    status = process.ended(300)
+    assert status == 0, process.said
+    return process.said
 
 
 def kill_when(condition: Callable[[], bool], verb: str, settings: list[str]) -> None:
@@ -62,13 +97,11 @@ def kill_when(condition: Callable[[], bool], verb: str, settings: list[str]) -> 
     try:
         until = time.monotonic() + 300
         while not condition():
-            assert process.poll() is None, process.communicate()[1]
+            assert process.ended(0) is None, process.said
             assert time.monotonic() < until
             time.sleep(0.01)
     finally:
-        with suppress(ProcessLookupError):
-            os.killpg(process.pid, signal.SIGKILL)
-        process.communicate()
+        process.kill()
 
 
 def rows(run: Path) -> list[dict[str, Any]]:

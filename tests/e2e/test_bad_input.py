@@ -33,6 +33,16 @@ def refusal(done: subprocess.CompletedProcess[str], status: int = 2) -> str:
     return done.stderr
 
 
+def test_help_that_is_not_read_to_its_end_is_not_an_error() -> None:
+    reader, writer = os.pipe()
+    os.close(reader)
+    variables = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
+    command = [sys.executable, "-m", "rlvla.cli", "train", "--help"]
+    done = subprocess.run(command, stdout=writer, stderr=subprocess.PIPE, text=True, env=variables, check=False)
+    os.close(writer)
+    assert (done.returncode, done.stderr) == (0, "")
+
+
 def write_toy_dataset(root: Path, *, action_size: int = 2, convention: str | None = None) -> None:
     env = make_env(SuiteConfig(name="toy", image_size=32, max_episode_steps=32), 1)
     spec = env.spec.to_dict()

@@ -7,8 +7,13 @@ import pytest
 
 from tests.e2e.runs import TOY, TRAIN, assert_kills_leave_no_trace, finish, kill_when, make_policy, rows
 
-SMALL = ["policy=qwen_vla_toy", "steps=20", "batch_size=8"]
+SHORT = [*TOY, "suite.max_episode_steps=16"]
 ADAPTERS = ["algo.train_vlm=true", "lora.rank=2", "lora.groups=[vlm]", "algo.learning_rates={vlm: 1e-4}"]
+
+
+@pytest.fixture(scope="module")
+def policy(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_policy(tmp_path_factory.mktemp("resume"), TOY, "policy=qwen_vla_toy", "steps=20", "batch_size=8")
 
 
 def reasoning_teacher(folder: Path) -> list[str]:
@@ -30,18 +35,16 @@ def reasoning_teacher(folder: Path) -> list[str]:
     ],
 )
 def test_a_run_that_is_killed_ends_with_the_bits_of_one_that_was_not(
-    settings: list[str], schedule: str, moments: tuple[str, ...], tmp_path: Path
+    policy: Path, settings: list[str], schedule: str, moments: tuple[str, ...], tmp_path: Path
 ) -> None:
-    policy = make_policy(tmp_path, TOY, *SMALL)
     if settings is ADAPTERS:
         settings = [*ADAPTERS, *reasoning_teacher(tmp_path)]
-    common = [*TOY, *TRAIN, *settings, f"policy={policy}", "iterations=6"]
+    common = [*SHORT, *TRAIN, *settings, f"policy={policy}", "iterations=6"]
     assert_kills_leave_no_trace(tmp_path, common, moments=moments, undisturbed=schedule, schedule=schedule)
 
 
-def test_a_damaged_checkpoint_costs_an_iteration_and_is_reported(tmp_path: Path) -> None:
-    policy = make_policy(tmp_path, TOY, *SMALL)
-    common = [*TOY, *TRAIN, f"policy={policy}", "iterations=6"]
+def test_a_damaged_checkpoint_costs_an_iteration_and_is_reported(policy: Path, tmp_path: Path) -> None:
+    common = [*SHORT, *TRAIN, f"policy={policy}", "iterations=6"]
     straight, harmed = tmp_path / "straight", tmp_path / "harmed"
     finish("train", [*common, f"output={straight}"])
     kill_when(lambda: (harmed / "checkpoints" / "iteration-0003").exists(), "train", [*common, f"output={harmed}"])

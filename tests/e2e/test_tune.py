@@ -23,7 +23,15 @@ TOY = ["suite=toy", "workers.kind=local", "workers.num_actors=1", "workers.envs_
 TINY = [
     *TOY,
     *("iterations=2", "episodes_per_iteration=8", "algo.min_successes=0", "algo.critic_only_iterations=0"),
-    *("eval.trials=8", "tune.rungs=1", "tune.seeds=1", "tune.parallel=1", "tune.own_settings=false"),
+    *(
+        "suite.max_episode_steps=16",
+        "eval.trials=8",
+        "eval.shuffled_images=false",
+        "tune.rungs=1",
+        "tune.seeds=1",
+        "tune.parallel=1",
+        "tune.own_settings=false",
+    ),
     "tune.sampler=random",
 ]
 SPACE = "algo.policy_lr: {low: 1.0e-5, high: 1.0e-3, log: true}\nalgo.epochs: {low: 1, high: 2}\n"

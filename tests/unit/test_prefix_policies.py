@@ -18,6 +18,7 @@ from rlvla.policies.footprint import build_unallocated
 from rlvla.policies.policy import Policy
 from rlvla.policies.prefix import Fit, fit_images
 from rlvla.policies.processor import train_tokenizer
+from rlvla.policies.prompted import prompts_for_tokenizer
 from rlvla.policies.suffix_expert import flow_time_sines, rotary_tables, rotate, suffix_mask
 from rlvla.samplers import training_sampler
 from rlvla.seeding import Stream, keyed_rng
@@ -153,6 +154,16 @@ def test_prompts_by_hand(make_policy: Callable[..., Policy], spec: EnvSpec) -> N
     assert prompts["pi05_toy"] == "Task: fly up now, State: 0 128 255 -1 255;\nAction: "
     padded = make_policy("pi05_toy", spec, "policy.pad_state_text=true", "policy.expert.state_channels=7")
     assert padded.prompt("go", state).endswith("255 128 128;\nAction: ")  # type: ignore[attr-defined]
+
+
+def test_a_tokenizer_trained_for_pi05_writes_each_number_of_the_state_as_one_token(spec: EnvSpec) -> None:
+    config = compose("sft", ["suite=toy", "policy=pi05_toy", "dataset=x"]).policy
+    tokenizer = train_tokenizer(prompts_for_tokenizer(spec, ["fly through the gap"], config), config.vlm.vocab_size)
+    around = tokenizer.tokenize("Task: fly through the gap, State:;\nAction: ")
+    for number in range(-1, 256):
+        text = f"Task: fly through the gap, State: {number} 17 {number};\nAction: "
+        assert tokenizer.tokenize(text)[1:4] == [f"\u0120{number}", "\u012017", f"\u0120{number}"]
+        assert len(tokenizer.tokenize(text)) == len(around) + 3
 
 
 def test_the_length_of_a_context_does_not_depend_on_where_the_robot_is(

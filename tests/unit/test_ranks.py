@@ -271,7 +271,9 @@ def _enter(rank: int, address: str, results: Any, work: Callable[..., Any], argu
 def on_two_ranks(folder: Path, work: Callable[..., Any], *arguments: Any, **named: Any) -> list[Any]:
     """What ``work(group, ...)`` returns or raises on either rank of a gloo group."""
     folder.mkdir()
-    context = multiprocessing.get_context("spawn")
+    # Both start from a process that has imported everything, and in which nothing has run.
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload([__name__])
     address = f"file://{folder / 'meet'}"
     processes = [
         context.Process(target=_enter, args=(rank, address, folder, work, (arguments, named))) for rank in range(2)
