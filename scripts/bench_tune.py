@@ -87,7 +87,7 @@ def make_policy(output: Path) -> Path:
         rlvla("collect", "suite=toy", "workers.kind=local", "workers.num_actors=1", f"output={data}", "episodes=20")
     if not (sft / "summary.json").exists():
         shape = ["steps=500", "noise_draws=8", "train_vlm=false", "first_steps_weight=1"]
-        rlvla("sft", "suite=toy", "policy=qwen_vla_toy", f"dataset={data}", f"output={sft}", *shape)
+        rlvla("sft", "suite=toy", "policy=pi0_toy", f"dataset={data}", f"output={sft}", *shape)
     return sft / "policy"
 
 
