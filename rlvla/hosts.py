@@ -1,6 +1,7 @@
 """The inside of a simulator process: one `VecEnv`, spoken to in dictionaries of contiguous numpy arrays."""
 
 import platform
+import time
 from collections.abc import Sequence
 from typing import Any
 
@@ -14,6 +15,7 @@ from rlvla_envs.base import (
     Grouped,
     Observation,
     SuiteConfig,
+    Timed,
     VecEnv,
 )
 from rlvla_envs.suites import make_env
@@ -43,13 +45,14 @@ class SimulatorHost:
 
     def advance(self, request: Arrays) -> Arrays:
         env = self._ready()
+        spent = Stopwatch(env)
         reply: Arrays = {}
         if len(request["restart_slots"]):
             first = env.reset(request["restart_slots"].tolist(), request["restart_states"].tolist())
             reply |= pack_observation(first, "restart/")
         if len(request["chunk_slots"]):
             reply |= pack_result(env.step_chunk(request["chunk_slots"].tolist(), request["chunk_actions"]), "chunk/")
-        return reply
+        return reply | {"seconds": spent.read()}
 
     def replay(self, slot: int, state: int, chunks: Sequence[np.ndarray]) -> Arrays:
         """Bring one slot where another simulator had it: the episode from ``state`` with ``chunks`` [n][H C] played.
@@ -79,6 +82,22 @@ class SimulatorHost:
     def _ready(self) -> VecEnv:
         assert self._env is not None, "spec() builds the simulators and comes first"
         return self._env
+
+
+class Stopwatch:
+    """What a round costs its simulators."""
+
+    def __init__(self, env: VecEnv) -> None:
+        self._env = env
+        self._began, self._rendered = time.perf_counter(), rendering_s(env)
+
+    def read(self) -> np.ndarray:
+        """Seconds since it was made: [in all, of these rendering]. Rendering is 0 where the world does not say."""
+        return np.array([time.perf_counter() - self._began, rendering_s(self._env) - self._rendered])
+
+
+def rendering_s(env: VecEnv) -> float:
+    return env.render_s if isinstance(env, Timed) else 0.0
 
 
 RESULT_FIELDS = ("reward", "terminated", "truncated", "success", "executed_steps")

@@ -3,7 +3,7 @@
 import copy
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +11,7 @@ import torch
 from tensordict import TensorDict
 
 from rlvla.acting import Actor
+from rlvla.clock import Clock
 from rlvla.config import Schedule, TrainConfig
 from rlvla.policies.base import ValueHead, context_is_fixed
 from rlvla.policies.policy import Policy
@@ -36,6 +37,8 @@ class Collector:
     on_episodes: Callable[[int], None]
     store_inputs: bool = False
     """For a teacher (`rlvla.teachers.ActionTeacher.reads_contexts`)."""
+    clock: Clock = field(default_factory=Clock)
+    """Of the rollout that was taken last."""
 
     def take(self, iteration: int, states: Callable[[int], Sequence[int]]) -> TensorDict:
         """This rank's part of an iteration's rollout (`rlvla.rollout.collect`), with ``version`` [E, T]: how many
@@ -44,7 +47,10 @@ class Collector:
         Args:
             states: the initial states of an iteration.
         """
-        return self._collect(self.actor, self.value_head, iteration, states(iteration), version=iteration)
+        rollout, self.clock = self._collect(
+            self.actor, self.value_head, iteration, states(iteration), version=iteration
+        )
+        return rollout
 
     def drain(self) -> None:
         """Wait until the simulators are free for something else."""
@@ -58,8 +64,8 @@ class Collector:
 
     def _collect(
         self, actor: Actor, value_head: ValueHead, iteration: int, states: Sequence[int], version: int
-    ) -> TensorDict:
-        config = self.config
+    ) -> tuple[TensorDict, Clock]:
+        config, clock = self.config, Clock()
         first, count = share(len(states), self.group)
         with self.group.together():
             rollout = collect(
@@ -75,9 +81,10 @@ class Collector:
                 first_episode=first,
                 num_groups=2 if config.schedule is Schedule.pingpong else 1,
                 on_episodes=self.on_episodes,
+                clock=clock,
             )
         rollout["version"] = torch.full(rollout.batch_size, version, device=rollout.device)
-        return rollout
+        return rollout, clock
 
 
 class _StoppedError(Exception):
@@ -97,7 +104,7 @@ class OneStepOff(Collector):
         for module in (self._behaviour, self._critic):
             module.requires_grad_(False)
         self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="rollout")
-        self._pending: Future[TensorDict] | None = None
+        self._pending: Future[tuple[TensorDict, Clock]] | None = None
         self._made: dict[str, Any] = {}
         self._resumed: dict[str, Any] | None = None
         self._stop = False
@@ -114,7 +121,7 @@ class OneStepOff(Collector):
                 self._start(self._resumed)
                 self._resumed = None
         assert self._pending is not None
-        rollout = self._pending.result()
+        rollout, self.clock = self._pending.result()
         self._pending = None
         if iteration + 1 < self.config.iterations:
             self._submit(iteration + 1, states(iteration + 1), version=iteration)

@@ -4,7 +4,7 @@ import os
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -57,6 +57,8 @@ class _Parts:
     first: list[tuple[np.ndarray, Observation]]
     result: list[tuple[np.ndarray, ChunkResult]]
     lost: dict[int, bool]
+    seconds: list[np.ndarray] = field(default_factory=list)
+    """What each worker said of its `rlvla.hosts.Stopwatch`."""
 
 
 class RayEnvs:
@@ -155,6 +157,7 @@ class RayEnvs:
 
     @staticmethod
     def _take(parts: _Parts, share: _Share, arrays: Arrays) -> None:
+        parts.seconds.append(arrays["seconds"])
         if len(share.restart_rows):
             parts.first.append((share.restart_rows, unpack_observation(arrays, "restart/")))
         if len(share.chunk_rows):
@@ -181,7 +184,8 @@ class RayEnvs:
                 self._played[slot].chunks.append(todo.chunk_actions[row])
         for slot in parts.lost:
             self._played.pop(slot, None)
-        return Reply(first, result, parts.lost)
+        busy, render = np.sum(parts.seconds, axis=0).tolist() if parts.seconds else (0.0, 0.0)
+        return Reply(first, result, parts.lost, busy, render)
 
     # --- recovery
 

@@ -244,10 +244,22 @@ def _quarantined(run: RunFolder) -> str:
 def time_section(run: RunFolder) -> str:
     if not run.iterations:
         return ""
-    spent = {
-        label: sum(number_in(row, key) or 0.0 for row in run.iterations) / 60
-        for label, key in (("rollouts", "time/rollout_s"), ("updates", "time/update_s"))
-    }
+
+    def minutes(key: str) -> float:
+        return sum(number_in(row, key) or 0.0 for row in run.iterations) / 60
+
+    rollouts, parts = minutes("time/rollout_s"), (minutes("time/infer_s"), minutes("time/simulators_s"))
+    if any(parts):
+        # Under async the parts are of a thread that worked beside the updates, and may exceed what was waited for.
+        spent = {
+            "rollouts: deciding": parts[0],
+            "rollouts: waiting for simulators": parts[1],
+            "rollouts: all else": max(0.0, rollouts - sum(parts)),
+        }
+    else:
+        # What an earlier version wrote.
+        spent = {"rollouts": rollouts}
+    spent |= {"updates": minutes("time/update_s"), "checkpoints": minutes("time/save_s")}
     total = number_in(run.summary, "minutes") or max(number_in(row, "minutes") or 0.0 for row in run.iterations)
     spent["evaluations and all else"] = max(0.0, total - sum(spent.values()))
     whole = sum(spent.values()) or 1.0

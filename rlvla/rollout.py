@@ -13,6 +13,7 @@ import torch
 from tensordict import TensorDict
 
 from rlvla.acting import Actor
+from rlvla.clock import INFER, PHYSICS, RENDER, SIMULATORS, Clock
 from rlvla.critic import time_left
 from rlvla.policies.base import ChunkPolicy, Context, ValueHead, pad_tokens
 from rlvla.samplers import Sampler
@@ -51,7 +52,7 @@ class _Group:
         self.round: tuple[Finish, list[tuple[int, int, int]], list[int]] | None = None
         """What is under way: its end, restarts (slot, episode, state), slots that run a chunk."""
 
-    def begin(self, envs: Envs, queue: deque[tuple[int, int]], decide: Decide) -> None:
+    def begin(self, envs: Envs, queue: deque[tuple[int, int]], decide: Decide, clock: Clock) -> None:
         """Decide for the waiting slots, give the free ones their next episode, and send both off."""
         restarts: list[tuple[int, int, int]] = []
         size = envs.group_size
@@ -67,7 +68,8 @@ class _Group:
         actions = np.zeros((0, 1, 1), dtype=np.float32)
         if slots:
             episodes, decisions = self._keys(slots)
-            actions = decide(Observation.concatenate([self.waiting[s] for s in slots]), episodes, decisions)
+            with clock.span(INFER):
+                actions = decide(Observation.concatenate([self.waiting[s] for s in slots]), episodes, decisions)
         todo = Round(
             restart_slots=np.array([s for s, _, _ in restarts], dtype=np.int64),
             restart_states=np.array([state for _, _, state in restarts], dtype=np.int64),
@@ -76,11 +78,14 @@ class _Group:
         )
         self.round = (envs.begin(todo), restarts, slots)
 
-    def finish(self) -> Turn | None:
+    def finish(self, clock: Clock) -> Turn | None:
         """Wait for what was begun; None where no chunk was in it and nothing was lost."""
         assert self.round is not None
         wait, restarts, slots = self.round
-        reply = wait()
+        with clock.span(SIMULATORS):
+            reply = wait()
+        clock.add(PHYSICS, reply.busy_s - reply.render_s)
+        clock.add(RENDER, reply.render_s)
         lost = {slot: blamed for slot, blamed in reply.lost.items() if slot in self.playing}
         turn: Turn | None = None
         rows = [row for row, slot in enumerate(slots) if slot not in reply.lost]
@@ -112,7 +117,9 @@ class _Group:
         return keys[:, 0], keys[:, 1]
 
 
-def play(envs: Envs, initial_states: Sequence[int], decide: Decide, *, num_groups: int = 1) -> Iterator[Turn]:
+def play(
+    envs: Envs, initial_states: Sequence[int], decide: Decide, *, num_groups: int = 1, clock: Clock | None = None
+) -> Iterator[Turn]:
     """Play one episode from every initial state and yield each round of decisions.
 
     A slot whose episode ended restarts while the others run their next chunk: a render each, so nobody waits. Where
@@ -121,7 +128,9 @@ def play(envs: Envs, initial_states: Sequence[int], decide: Decide, *, num_group
     Args:
         num_groups: the workers are dealt to so many groups, which take turns: while the chunks of one run, ``decide``
             works for another. Episodes are the same for any number.
+        clock: is told what deciding and simulating take.
     """
+    clock = clock or Clock()
     queue = deque(enumerate(initial_states))
     workers = envs.num_slots // envs.slots_per_worker
     if num_groups > workers:
@@ -132,14 +141,14 @@ def play(envs: Envs, initial_states: Sequence[int], decide: Decide, *, num_group
     slots = np.arange(envs.num_slots).reshape(workers, -1)
     groups = [_Group(slots[first::num_groups].flatten().tolist()) for first in range(num_groups)]
     for group in groups:
-        group.begin(envs, queue, decide)
+        group.begin(envs, queue, decide, clock)
     while any(group.round for group in groups):
         for group in groups:
             if group.round:
-                turn = group.finish()
+                turn = group.finish(clock)
                 if turn is not None:
                     yield turn
-                group.begin(envs, queue, decide)
+                group.begin(envs, queue, decide, clock)
 
 
 def _take_of_one_task(queue: deque[tuple[int, int]], spec: EnvSpec, number: int) -> list[tuple[int, int]]:
@@ -167,6 +176,7 @@ def collect(
     num_groups: int = 1,
     first_episode: int = 0,
     on_episodes: Callable[[int], None] = lambda _: None,
+    clock: Clock | None = None,
 ) -> TensorDict:
     """Play training episodes with a sampler that explores and record what the update needs.
 
@@ -180,6 +190,7 @@ def collect(
         num_groups: see `play`.
         first_episode: number of the first episode in the noise keys, where other learners play those before it.
         on_episodes: told how many episodes have ended.
+        clock: see `play`.
 
     Returns:
         A TensorDict [E, T] over episodes and decisions, zero where ``valid`` is False. Episodes that were lost with
@@ -222,7 +233,7 @@ def collect(
         )
         return made.action
 
-    for turn in play(envs, initial_states, decide, num_groups=num_groups):
+    for turn in play(envs, initial_states, decide, num_groups=num_groups, clock=clock):
         lost |= turn.lost.keys()
         ended += len(turn.lost)
         result = turn.result

@@ -28,7 +28,7 @@ REPEATABLE = ("eval_suites", "compare")
 RESUMABLE = ("train", "eval", "tune", *REPEATABLE)
 FREE_TO_CHANGE = (
     *("output", "cache", "device", "workers", "learners"),
-    *("save_every", "keep_checkpoints", "max_minutes", "max_env_steps"),
+    *("save_every", "keep_checkpoints", "max_minutes", "max_env_steps", "profile"),
     # The space is compared by its content.
     *("tune.trials", "tune.parallel", "tune.space", "tune.budget", "tune.give_up_after", "tune.grace_s"),
     "tune.keep_checkpoints",

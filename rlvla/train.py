@@ -11,6 +11,7 @@ from tensordict import TensorDict
 
 from rlvla.acting import Actor
 from rlvla.checkpoints import Checkpoints, TrainState
+from rlvla.clock import INFER, PHYSICS, RENDER, SIMULATORS, Clock, memory_row, traced
 from rlvla.config import AlgoConfig, Discount, Schedule, TrainConfig, WorkersConfig
 from rlvla.cotraining import load_cotraining
 from rlvla.critic import make_value_head
@@ -138,6 +139,12 @@ def lead(config: TrainConfig, group: Group, losses: Sequence[str] = ()) -> dict[
                 torch.save(learner.state_dict(), folder / "learner.pt")
                 collector.save(folder)
 
+            saving = Clock()
+
+            def save(state: TrainState) -> None:
+                with saving.span("save"):
+                    checkpoints.save(state, write_checkpoint)
+
             before = measure(actor, envs, config.eval, record, "before", env_steps=0)
             state = resume(checkpoints, record, side, collector)
             for number, loss in enumerate(losses, start=1):
@@ -152,8 +159,9 @@ def lead(config: TrainConfig, group: Group, losses: Sequence[str] = ()) -> dict[
                     success=before.success,
                     watch=asdict(Watch()) if config.safeguard.enabled else None,
                 )
-                checkpoints.save(state, write_checkpoint)
+                save(state)
 
+            first = state.iterations
             for iteration in range(state.iterations, config.iterations):
                 started = record.minutes()
                 limit = limit_reached(config, started, state.env_steps)
@@ -161,7 +169,7 @@ def lead(config: TrainConfig, group: Group, losses: Sequence[str] = ()) -> dict[
                     record.progress.note(f"{limit} are over after {iteration} iterations")
                     record.tick(now=True)
                     if iteration % config.save_every:
-                        checkpoints.save(state, write_checkpoint)
+                        save(state)
                     break
                 difficulty = state.difficulty
 
@@ -175,13 +183,14 @@ def lead(config: TrainConfig, group: Group, losses: Sequence[str] = ()) -> dict[
 
                 if group.size > 1:
                     group.broadcast(["iterate", iteration, states_of(iteration)])
-                rollout = collector.take(iteration, states_of)
-                collected = record.minutes()
+                with traced(trace_of(config, record.folder, iteration, first)):
+                    rollout = collector.take(iteration, states_of)
+                    collected = record.minutes()
 
-                stale = drop_stale(rollout, iteration, config.max_staleness)
-                judged = add_advantages(rollout, config.algo, group)
-                add_teacher_weight(rollout, envs.spec, config.algo.teacher)
-                updated = learner.update(rollout, iteration, consume=True)
+                    stale = drop_stale(rollout, iteration, config.max_staleness)
+                    judged = add_advantages(rollout, config.algo, group)
+                    add_teacher_weight(rollout, envs.spec, config.algo.teacher)
+                    updated = learner.update(rollout, iteration, consume=True)
                 rollout = of_all_ranks(rollout, group)
                 incidents = incidents_of_all_ranks(envs, group)
 
@@ -200,6 +209,9 @@ def lead(config: TrainConfig, group: Group, losses: Sequence[str] = ()) -> dict[
                     **({"optim/caution": learner.caution} if config.safeguard.enabled else {}),
                     "time/rollout_s": 60 * (collected - started),
                     "time/update_s": 60 * (record.minutes() - collected),
+                    **describe_clock(collector.clock),
+                    "time/save_s": saving.seconds.pop("save", 0.0),
+                    **memory_row(actor.device),
                 }
                 if state.unseen_evaluation is not None and config.schedule is not Schedule["async"]:
                     # The rollout and the last evaluation had the same weights: the samplers alone differ.
@@ -236,7 +248,7 @@ def lead(config: TrainConfig, group: Group, losses: Sequence[str] = ()) -> dict[
                 )
                 # One that was measured may become the best.
                 if measured or (iteration + 1) % config.save_every == 0 or iteration + 1 == config.iterations:
-                    checkpoints.save(state, write_checkpoint)
+                    save(state)
 
             collector.drain()
             save_policy(policy, record.folder / "policy")
@@ -306,6 +318,19 @@ def return_to(side: Side, folder: Path, caution: float) -> None:
     """Go back to a checkpoint's weights and optimizers, and on more slowly than it did."""
     load_checkpoint(side, folder)
     side.learner.caution = caution
+
+
+def trace_of(config: TrainConfig, folder: Path, iteration: int, first: int) -> Path | None:
+    """Where the trace of this iteration goes: of the second one that this process makes, which has nothing left to warm
+    up, or the only one."""
+    chosen = min(first + 1, config.iterations - 1)
+    return folder / "trace.json" if config.profile and iteration == chosen else None
+
+
+def describe_clock(clock: Clock) -> dict[str, float]:
+    """What a rollout's time went into."""
+    names = (INFER, SIMULATORS, PHYSICS, RENDER)
+    return {f"time/{name}_s": clock.seconds.get(name, 0.0) for name in names}
 
 
 def limit_reached(config: TrainConfig, minutes: float, env_steps: int) -> str:

@@ -12,7 +12,7 @@ import numpy as np
 from jaxtyping import Float32, Int64
 
 from rlvla.config import ClusterConfig, WorkerKind, WorkersConfig
-from rlvla.hosts import group_size, require_expert, versions_abroad
+from rlvla.hosts import Stopwatch, group_size, require_expert, versions_abroad
 from rlvla.recovery import Incident
 from rlvla_envs.base import ChunkResult, Demonstration, EnvSpec, Filmable, Observation, SuiteConfig
 from rlvla_envs.suites import check_memory, check_suite, make_env, starts_slowly
@@ -38,6 +38,10 @@ class Reply:
     lost: Mapping[int, bool] = field(default_factory=dict)
     """Slots whose episode ended with its simulator and could not be replayed; True where the episode itself is to
     blame: it has killed simulators repeatedly and must not be played again."""
+    busy_s: float = 0.0
+    """Seconds that the simulators worked, added up over workers."""
+    render_s: float = 0.0
+    """Those of them that went into pictures for the policy; 0 where the suite does not say."""
 
 
 Finish = Callable[[], Reply]
@@ -131,12 +135,14 @@ class LocalEnvs:
         return []
 
     def advance(self, todo: Round) -> Reply:
+        spent = Stopwatch(self._env)
         first = result = None
         if len(todo.restart_slots):
             first = self._env.reset(todo.restart_slots.tolist(), todo.restart_states.tolist())
         if len(todo.chunk_slots):
             result = self._env.step_chunk(todo.chunk_slots.tolist(), todo.chunk_actions)
-        return Reply(first, result)
+        busy, render = spent.read().tolist()
+        return Reply(first, result, busy_s=busy, render_s=render)
 
     def demonstrate(self, states: Sequence[int], seeds: Sequence[int]) -> list[Demonstration]:
         expert = require_expert(self._env)

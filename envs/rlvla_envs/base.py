@@ -269,6 +269,14 @@ class Grouped(Protocol):
 
 
 @runtime_checkable
+class Timed(Protocol):
+    """A world that knows what its pictures cost."""
+
+    render_s: float
+    """Seconds spent rendering what the policy sees, so far."""
+
+
+@runtime_checkable
 class Filmable(Protocol):
     """A world that can be watched: a frame for people, of any size, at every step."""
 

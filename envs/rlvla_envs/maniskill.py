@@ -7,6 +7,7 @@ measured facts behind the choices here are in docs/architecture.md#maniskill.
 import contextlib
 import difflib
 import re
+import time
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -77,6 +78,7 @@ class ManiSkillEnv:
         self._elapsed = np.zeros(num_envs, dtype=np.int64)
         self._over = np.ones(num_envs, dtype=np.bool_)
         self._max_steps = config.max_episode_steps
+        self.render_s = 0.0
         first = self._envs[0]
         self.spec = EnvSpec(
             suite=config.name,
@@ -162,9 +164,11 @@ class ManiSkillEnv:
         if blank:
             images = {c.name: np.zeros((1, c.height, c.width, 3), dtype=np.uint8) for c in self.spec.cameras}
         else:
+            began = time.perf_counter()
             sensors = env._get_obs_sensor_data()
             # The tensor is the renderer's own buffer, overwritten by the next picture: copy.
             images = {name: np.array(data["rgb"].cpu().numpy()) for name, data in sensors.items()}
+            self.render_s += time.perf_counter() - began
         state, _ = self._state(env)
         return Observation(images=images, instruction=[self._instruction], state=state[None])
 

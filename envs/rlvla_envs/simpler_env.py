@@ -5,6 +5,7 @@ Tasks: `simpler_tasks`; when they are solved: `simpler_rules`; asset files: `sim
 docs/how-to/simpler_env.md says what a user has to know.
 """
 
+import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -104,6 +105,7 @@ class SimplerEnv:
                 )
         notes = prepare_assets(config.options.get("assets"), self._tasks)
         self.num_envs = num_envs
+        self.render_s = 0.0
         self._instruction = config.instruction
         self._render_every_step = bool(config.options.get("render_every_step", False))
         backend = config.options.get("sim_backend", "physx_cpu")
@@ -281,7 +283,9 @@ class SimplerEnv:
             twin, row = self._slots[number].twin, self._slots[number].row
             if not blank:
                 if id(twin) not in pictures:
+                    began = time.perf_counter()
                     pictures[id(twin)] = twin.picture()
+                    self.render_s += time.perf_counter() - began
                 images[i] = pictures[id(twin)][row]
             state[i] = twin.agent.robot.get_qpos()[row].cpu().numpy()
         told = [self._instruction or self._slots[number].twin.task.instruction for number in numbers]

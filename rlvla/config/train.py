@@ -104,6 +104,9 @@ class TrainConfig:
     save_every: int = 1
     """Iterations between checkpoints. A run that was stopped goes on from the newest one, so this is what a crash can
     cost; a large model takes some seconds to write."""
+    profile: bool = False
+    """Write a trace of one iteration, the second that this process makes, to trace.json in the run folder. Perfetto and
+    chrome://tracing show it. That iteration is slower."""
     keep_checkpoints: int = 2
     """How many of the newest checkpoints to keep; the best by evaluation is kept beside them."""
 

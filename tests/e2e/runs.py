@@ -26,7 +26,7 @@ TRAIN = [
     "eval.videos=0",
     "eval.every=2",
 ]
-UNTIMED = ("minutes", "time/", "speed/")
+UNTIMED = ("minutes", "time/", "speed/", "memory/")
 
 
 def make_policy(root: Path, suite: list[str], *settings: str) -> Path:

@@ -34,7 +34,7 @@ TRAIN = [
     "eval.videos=0",
     "eval.shuffled_images=false",
 ]
-UNTIMED = ("minutes", "time/", "speed/")
+UNTIMED = ("minutes", "time/", "speed/", "memory/")
 
 
 @pytest.fixture(scope="module")

@@ -119,7 +119,10 @@ def test_a_run_that_was_stopped_goes_on_to_the_same_bits(
     settings: list[str], start: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def untimed(lines: list[dict[str, Any]]) -> list[dict[str, Any]]:
-        return [{k: v for k, v in line.items() if not k.startswith(("minutes", "time/", "speed/"))} for line in lines]
+        return [
+            {k: v for k, v in line.items() if not k.startswith(("minutes", "time/", "speed/", "memory/"))}
+            for line in lines
+        ]
 
     straight = untimed(rlvla_train(start, tmp_path / "straight", *settings))
     last = max(line["iteration"] for line in straight if line["kind"] == "iteration")

@@ -162,7 +162,10 @@ def iteration_row(i: int, iterations: int, rng: np.random.Generator) -> dict[str
         "optim/policy_lr": 1e-4 * 1.5 ** min(5, i // 2),
         "optim/grad_norm": abs(rng.normal(0.55, 0.12)),
         "time/rollout_s": 43.0,
+        "time/infer_s": 12.0,
+        "time/simulators_s": 30.0,
         "time/update_s": 18.0,
+        "time/save_s": 0.5,
         "speed/env_steps_per_s": rng.normal(171, 4),
     }
     return row | {f"ppo/kl_step_{k}": kl * w for k, w in enumerate((0.06, 0.1, 0.2, 0.64))}
