@@ -1,6 +1,7 @@
 """`rlvla train`: PPO on a policy. Collect whole episodes, estimate advantages, update, repeat."""
 
 import os
+from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -329,8 +330,13 @@ def trace_of(config: TrainConfig, folder: Path, iteration: int, first: int) -> P
 
 def describe_clock(clock: Clock) -> dict[str, float]:
     """What a rollout's time went into."""
-    names = (INFER, SIMULATORS, PHYSICS, RENDER)
-    return {f"time/{name}_s": clock.seconds.get(name, 0.0) for name in names}
+    spent = defaultdict(float, clock.seconds)
+    return {
+        "time/infer_s": spent[INFER],
+        "time/simulators_s": spent[SIMULATORS],
+        "time/physics_s": spent[PHYSICS],
+        "time/render_s": spent[RENDER],
+    }
 
 
 def limit_reached(config: TrainConfig, minutes: float, env_steps: int) -> str:

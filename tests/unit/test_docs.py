@@ -35,7 +35,7 @@ LOGGING = [
 
 FENCE = re.compile(r"^```(\w*)\n(.*?)^```", re.MULTILINE | re.DOTALL)
 LINK = re.compile(r"\[((?:[^\[\]`]|`[^`]*`)*)\]\(([^()\s]+)\)")
-METRIC = re.compile(r"(?:rollout|ppo|loss|value|optim|time|speed)/\w+")
+METRIC = re.compile(r"(?:rollout|ppo|loss|value|optim|time|speed|memory)/\w+")
 
 STAND_INS = {
     "suite=mysuite": "suite=toy",
