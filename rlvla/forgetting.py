@@ -25,6 +25,12 @@ def run(config: ForgettingConfig) -> dict[str, Any]:
         ValueError: no questions, or policies that have no language model to ask.
     """
     chats = load_chats(Path(config.questions))
+    for number, chat in enumerate(chats, start=1):
+        if not chat.choices and not normalized(chat.answer):
+            raise ValueError(
+                f"{config.questions}: the answer of conversation {number} is {chat.answer!r}, of which nothing is left "
+                "to compare without case and punctuation. Give it choices, or leave it out."
+            )
     device = pick_device(config.device)
     before, after = (
         ask(_language_policy(Path(folder), device), chats, config.max_new_tokens, device)

@@ -57,7 +57,12 @@ def load_chats(path: Path) -> list[Chat]:
     if not path.is_file():
         raise ValueError(f"there is no file {path}. It must hold one JSON object a line, each with messages.")
     chats = []
-    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), start=1):
+    try:
+        text = path.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path} is no text in UTF-8 ({error}). Save it as that, one JSON object a line.") from error
+    # Not splitlines(): JSON may hold a line separator of Unicode inside a string.
+    for number, line in enumerate(text.split("\n"), start=1):
         if not line.strip():
             continue
         try:
@@ -81,19 +86,36 @@ def _chat(data: Any, path: Path) -> Chat:
             raise ValueError(f"the role {message['role']!r} is none of system, user, assistant")
         for part in _parts(message):
             if part["type"] == "image":
+                if message["role"] != "user":
+                    raise ValueError(f"an image stands in a turn of {message['role']}; only the user shows images")
                 images.append(path.parent / part["image"])
-                if not images[-1].is_file():
-                    raise ValueError(f"the image {images[-1]} is not there")
+                _check_image(images[-1])
             elif part["type"] != "text":
                 raise ValueError(f"content of type {part['type']!r} is neither text nor image")
             elif IMAGE in part["text"]:
                 raise ValueError(f"a text contains {IMAGE}, which stands for an image")
     if not messages or messages[-1]["role"] != "assistant" or not _text(messages[-1]).strip():
         raise ValueError("the last message must be the assistant's answer")
+    if all(message["role"] != "user" for message in messages):
+        raise ValueError("no message is the user's; a question must come before the answer")
     choices = tuple(str(choice) for choice in data.get("choices", ()))
     if choices and _text(messages[-1]) not in choices:
         raise ValueError(f"the answer {_text(messages[-1])!r} is none of the choices {list(choices)}")
+    if choices and (len(choices) < 2 or len(set(choices)) < len(choices)):
+        raise ValueError(f"the choices are {list(choices)}; they must be at least two, and differ")
     return Chat(messages, tuple(images), choices, str(data.get("domain", path.stem)))
+
+
+def _check_image(path: Path) -> None:
+    from PIL import Image
+
+    if not path.is_file():
+        raise ValueError(f"the image {path} is not there")
+    try:
+        with Image.open(path) as opened:
+            opened.verify()
+    except Exception as error:  # each decoder has its own
+        raise ValueError(f"the image {path} cannot be read ({type(error).__name__})") from error
 
 
 def _parts(message: Mapping[str, Any]) -> Sequence[Mapping[str, str]]:
@@ -105,11 +127,27 @@ def _text(message: Mapping[str, Any]) -> str:
     return "".join(part["text"] for part in _parts(message) if part["type"] == "text")
 
 
+def require_tied_head(policy: PromptedPolicy) -> None:
+    """Refuse a backbone whose words would be read with the wrong output layer.
+
+    Raises:
+        ValueError: it was imported with a head that is not its embedding; a policy has no place for one.
+    """
+    heads = [key for key in (policy.origin.kept if policy.origin else ()) if key.endswith("lm_head.weight")]
+    if heads:
+        raise ValueError(
+            f"the language model was imported with an output layer of its own ({heads[0]}), which a policy does not "
+            "have: acting needs none, and the embedding in its place would say other words. Questions are supported "
+            "for sizes whose layers are tied, such as Qwen3-VL-4B and Qwen3.5-4B."
+        )
+
+
 class Reader:
     """Conversations as the tensors of a policy's backbone."""
 
     def __init__(self, policy: PromptedPolicy) -> None:
         self.policy, self.tokenizer, self.vlm = policy, policy.tokenizer, policy.vlm
+        require_tied_head(policy)
         self._unit = 2 * policy.config.vlm.patch_size
 
     def batch(self, chats: Sequence[Chat], *, answers: Sequence[str] | None = None) -> dict[str, Tensor]:
@@ -178,7 +216,10 @@ class Reader:
         from PIL import Image
 
         with Image.open(path) as opened:
-            image = opened.convert("RGB")
+            try:
+                image = opened.convert("RGB")
+            except OSError as error:
+                raise ValueError(f"the image {path} is damaged: {error}. Copy it again.") from error
             scale = min(1.0, MAX_SIDE / max(image.size))
             width, height = (max(1, round(side * scale / self._unit)) * self._unit for side in image.size)
             return torch.from_numpy(np.asarray(image.resize((width, height), Image.Resampling.BICUBIC)).copy())

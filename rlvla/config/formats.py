@@ -39,6 +39,12 @@ class ImportConfig:
     the others (false), where config.yaml has no use_canonical_forward and interleave_self_attention is true."""
     horizon: int | None = None
     """Actions in a chunk, where the checkpoint does not say: an openpi checkpoint without config.json."""
+    discrete_state_input: bool | None = None
+    """openpi's pi0.5: whether the state stands in the prompt, where config.json does not say. null takes openpi's
+    default, true; pi05_libero was trained with false."""
+    delta_actions: bool | None = None
+    """openpi: whether the actions are differences to the state (DeltaActions), which no file of a checkpoint says. true
+    is refused; null takes them as they are, and notes it."""
     num_denoising_steps: int | None = None
     """Euler steps from noise to action; null takes the checkpoint's own. PPO needs 2."""
     noise_at: float | None = None

@@ -113,6 +113,21 @@ def integer(data: Mapping[str, Any], key: str, default: int | None, path: Path) 
     return value
 
 
+def check_same(said: Mapping[str, Any], key: str, path: Path, there: int, what: str, weights: Path) -> None:
+    """Refuse a configuration that says another size than the tensors have; one that says nothing is believed.
+
+    Args:
+        path: of the configuration.
+        there: the size that the tensors in ``weights`` have.
+        what: of which it is the number, for the message.
+    """
+    if said.get(key) is not None and integer(said, key, None, path) != there:
+        raise ValueError(
+            f"{path} says {key} = {said[key]!r}, and {weights} has {there} {what}. Is it the configuration of "
+            "another checkpoint, or are weights missing?"
+        )
+
+
 def companion_files(checkpoint: Path, weights: Path) -> tuple[dict[str, bytes], list[str]]:
     """A checkpoint's other files for export, and the names of those that are left out."""
     kept, left_out = {}, []
@@ -224,7 +239,7 @@ def affine(
         remedy: what to do about statistics that are missing.
 
     Raises:
-        ValueError: an unknown mode, or statistics that it needs and are not there.
+        ValueError: an unknown mode, statistics that it needs and are not there, or such as no data have.
     """
     pairs = {
         "MEAN_STD": ("mean", "std"),
@@ -242,8 +257,16 @@ def affine(
             f"{', '.join(sorted(stats)) or 'none'}. {remedy}"
         )
     a, b = (np.asarray(stats[key], np.float64).reshape(-1) for key in (first, second))
+    if len(a) != len(b):
+        raise ValueError(f"{where} has {len(a)} channels of {first} and {len(b)} of {second}; they must be as many.")
     if not (np.isfinite(a).all() and np.isfinite(b).all()):
         raise ValueError(f"{where} has statistics that are not finite.")
+    # A policy with such a channel would hold it still, and nothing else would say so.
+    wrong = np.flatnonzero(b < (0 if mode == "MEAN_STD" else a))
+    if len(wrong):
+        i = int(wrong[0])
+        above = "0 or more" if mode == "MEAN_STD" else f"at least {first}, {a[i]:g}"
+        raise ValueError(f"{where} has {second} = {b[i]:g} in channel {i}; it must be {above}. Is the file damaged?")
     if mode == "MEAN_STD":
         return a - (b + eps), a + (b + eps)
     span = np.where(b == a, eps, b - a)
@@ -264,13 +287,23 @@ def read_statistics(path: Path) -> dict[str, dict[str, np.ndarray]]:
     for ours, names in (("action", ("action", "actions")), ("state", ("observation.state", "state"))):
         entry = next((data[name] for name in names if name in data), None)
         if isinstance(entry, dict):
-            found[ours] = {key: np.asarray(value, np.float64) for key, value in entry.items() if value is not None}
+            found[ours] = {
+                key: read_numbers(value, f"{path} ({ours}.{key})") for key, value in entry.items() if value is not None
+            }
     if "action" not in found:
         raise ValueError(
             f"{path} has no statistics of actions; its keys are {', '.join(sorted(map(str, data))[:8]) or 'none'}. It "
             'must be a LeRobot dataset\'s meta/stats.json ("action", "observation.state") or openpi\'s norm_stats.json.'
         )
     return found
+
+
+def read_numbers(value: Any, where: str) -> np.ndarray:
+    """A list of numbers from somebody's file."""
+    try:
+        return np.asarray(value, np.float64).reshape(-1)
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"{where} is {value!r}; it must be a list of numbers.") from error
 
 
 def unclipped_stats(

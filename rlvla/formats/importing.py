@@ -1,5 +1,6 @@
 """`rlvla import FORMAT CHECKPOINT`: a checkpoint of another project becomes a policy folder."""
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -51,6 +52,7 @@ def run(config: ImportConfig) -> dict[str, Any]:
     policy = architecture(draft.config.name).policy(draft.config, spec, draft.stats, draft.tokenizer)
     with torch.no_grad():
         places, kept = place(draft.weights, policy, draft.key_map)
+    notes = [*draft.notes, *(f"{name} names code of its own (auto_map); none was run." for name in code_of(checkpoint))]
     files, left_out = companion_files(checkpoint, draft.weights.path)
     policy.origin = Origin(
         found.name,
@@ -70,5 +72,18 @@ def run(config: ImportConfig) -> dict[str, Any]:
         "tensors": len(places),
         "kept_aside": sorted(kept),
         "left_out": left_out,
-        "notes": list(draft.notes),
+        "notes": notes,
     }
+
+
+def code_of(checkpoint: Path) -> list[str]:
+    """Configuration files that name Python code, as for transformers' trust_remote_code, which nothing here has."""
+    found = []
+    for path in sorted(checkpoint.glob("*.json")):
+        try:
+            said = json.loads(path.read_text())
+        except ValueError:
+            continue
+        if isinstance(said, dict) and "auto_map" in said:
+            found.append(path.name)
+    return found

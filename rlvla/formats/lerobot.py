@@ -16,6 +16,7 @@ from rlvla.formats import pi_weights
 from rlvla.formats.base import (
     Draft,
     affine,
+    check_same,
     check_size,
     check_supported,
     integer,
@@ -36,6 +37,8 @@ SMOLVLA_VERSION = 1
 """Of SmolVLA's key map."""
 TEXT_HEAD = 64
 """Size of an attention head of SmolLM2."""
+VISION_DEPTH = {768: 12, 1152: 27}
+"""Layers of SmolVLM2's vision towers, by width."""
 VISION_HEADS = {1152: 16}
 """By width; SigLIP's others have heads of 64."""
 IMAGES = "observation.images."
@@ -170,7 +173,7 @@ def _stats(
 ) -> ActionStats:
     """The maps of the two pipelines, or of the file that the user gives in their place."""
     modes = dict(said.get("normalization_mapping", {}))
-    eps, tables = 1e-8, {}
+    eps, tables = {}, {}
     for kind, file, name in (
         ("state", PREPROCESSOR, "normalizer_processor"),
         ("action", POSTPROCESSOR, "unnormalizer_processor"),
@@ -179,7 +182,7 @@ def _stats(
         inner = step.get("config", {})
         # What the pipeline says holds: a fine-tuning may have left the policy's own configuration behind.
         modes |= {key: mode for key, mode in inner.get("norm_map", {}).items() if key == kind.upper()}
-        eps = inner.get("eps", eps)
+        eps[kind] = inner.get("eps", 1e-8)
         tables[kind] = _table(checkpoint, step.get("state_file"))
     if modes.get("VISUAL", "IDENTITY") != "IDENTITY":
         raise ValueError(f"{checkpoint}: images are normalised by {modes['VISUAL']!r}; only IDENTITY is supported.")
@@ -202,14 +205,22 @@ def _stats(
         )
     maps = {}
     for kind in ("state", "action"):
-        mode, size = str(modes.get(kind.upper(), "IDENTITY")), spec.state_size if kind == "state" else spec.action_size
+        size = spec.state_size if kind == "state" else spec.action_size
+        if kind == "state" and not size:
+            maps[kind] = (np.zeros(0), np.zeros(0))
+            continue
+        if kind.upper() not in modes:
+            raise ValueError(
+                f"{checkpoint} does not say how {names[kind]} is normalised: config.json has no "
+                f"normalization_mapping.{kind.upper()}, and neither {PREPROCESSOR} nor {POSTPROCESSOR} a norm_map with "
+                "it. Copy it from the training run; IDENTITY is none."
+            )
+        mode = str(modes[kind.upper()])
         if mode == "IDENTITY":
             maps[kind] = (-np.ones(size), np.ones(size))
-        elif kind == "state" and not size:
-            maps[kind] = (np.zeros(0), np.zeros(0))
         else:
             # Actions are only ever mapped back, which LeRobot does without its constant.
-            scale = 0.0 if (kind, mode) == ("action", "MEAN_STD") else eps
+            scale = 0.0 if (kind, mode) == ("action", "MEAN_STD") else eps[kind]
             maps[kind] = affine(mode, own.get(kind, {}), scale, where[kind])
     return unclipped_stats(maps["action"], maps["state"], spec, where["action"])
 
@@ -253,8 +264,15 @@ def _smolvla_keys(weights: Weights) -> KeyMap:
             (f"{root}state_proj.", "state_proj."),
             (root, "expert."),
         ),
+        # SmolVLM2's head is its own; it has the shape of the embedding.
         kept=frozenset({f"{root}vlm_with_expert.vlm.lm_head.weight"}),
+        kept_like=_like_embedding(weights, f"{root}vlm_with_expert.vlm."),
     )
+
+
+def _like_embedding(weights: Weights, vlm: str) -> dict[str, tuple[int, ...]]:
+    table = weights.tensors.get(f"{vlm}model.text_model.embed_tokens.weight")
+    return {} if table is None else {f"{vlm}lm_head.weight": tuple(table.shape)}
 
 
 def _smolvla(said: Mapping[str, Any], weights: Weights, path: Path, options: dict[str, Any]) -> SmolVLAConfig:
@@ -290,6 +308,17 @@ def _smolvla(said: Mapping[str, Any], weights: Weights, path: Path, options: dic
         scale_factor=math.isqrt(merged // patch[0]),
     )
     _check_resolution(said.get("resize_imgs_with_padding", [512, 512]), sizes.image_size, path)
+    if said.get("num_vlm_layers", 0) != 0 and said["num_vlm_layers"] != -1:
+        check_same(said, "num_vlm_layers", path, depth, "layers of the language model", weights.path)
+    deepest = VISION_DEPTH.get(patch[0], sizes.vision_num_hidden_layers)
+    if sizes.vision_num_hidden_layers != deepest:
+        raise ValueError(
+            f"{weights.path} has {sizes.vision_num_hidden_layers} layers of the vision tower; SmolVLM2's, which is "
+            f"{patch[0]} wide, has {deepest}. Weights are missing: copy the checkpoint again."
+        )
+    factor = said.get("expert_width_multiplier", 0.75)
+    if not isinstance(factor, int | float) or isinstance(factor, bool) or not 0 < factor <= 4:
+        raise ValueError(f"{path} says expert_width_multiplier = {factor!r}; it must be a number above 0.")
     if said.get("num_expert_layers", -1) not in (-1, 0, depth):
         raise ValueError(
             f"{path} says num_expert_layers = {said['num_expert_layers']}; only as many as the VLM's {depth} are "
@@ -298,7 +327,7 @@ def _smolvla(said: Mapping[str, Any], weights: Weights, path: Path, options: dic
     return SmolVLAConfig(
         vlm=sizes,
         expert=ExpertSizes(
-            hidden_size=int(hidden * said.get("expert_width_multiplier", 0.75)),
+            hidden_size=int(hidden * factor),
             intermediate_size=shape("expert.layers.0.mlp.gate_proj.weight", 2)[0],
             channels=integer(said, "max_action_dim", 32, path),
             horizon=integer(said, "chunk_size", 50, path),

@@ -18,6 +18,8 @@ VERSION = 1
 TOKENIZER = "google/paligemma-3b-pt-224"
 VISION_HEAD = 72
 """Size of an attention head of SigLIP So400m, which the shapes do not tell."""
+VISION_WIDTH, VISION_LAYERS = 1152, 27
+"""Of So400m, which every published checkpoint has."""
 
 
 class Gemma(NamedTuple):
@@ -79,7 +81,18 @@ def key_map(weights: Weights) -> KeyMap:
         kept=frozenset({f"{root}{ROOT}gemma_expert.lm_head.weight"}),
         # PaliGemma's head and embedding are one tensor; which of the names a file has depends on who saved it.
         tied={f"{root}{ROOT}paligemma.lm_head.weight": EMBEDDING},
+        kept_like=_expert_head(weights, root),
     )
+
+
+def _expert_head(weights: Weights, root: str) -> dict[str, tuple[int, ...]]:
+    """The shape of the head that the expert's class has and nobody uses: vocabulary by the expert's width."""
+    width = weights.tensors.get(f"{root}action_in_proj.weight")
+    heads = (f"{root}{ROOT}paligemma.lm_head.weight", f"{root}{ROOT}paligemma.model.language_model.embed_tokens.weight")
+    table = next((weights.tensors[key] for key in heads[::-1] if key in weights.tensors), None)
+    if width is None or table is None:
+        return {}
+    return {f"{root}{ROOT}gemma_expert.lm_head.weight": (table.shape[0], width.shape[0])}
 
 
 def policy_config(
@@ -143,6 +156,11 @@ def _vision(weights: Weights) -> dict[str, int]:
         raise ValueError(
             f"{weights.path}: the vision tower is {patch[0]} wide, which heads of {VISION_HEAD} do not divide; "
             "PaliGemma's is SigLIP So400m, 1152 wide."
+        )
+    if patch[0] == VISION_WIDTH and len(layers) != VISION_LAYERS:
+        raise ValueError(
+            f"{weights.path} has {len(layers)} layers of the vision tower; SigLIP So400m, {VISION_WIDTH} wide, has "
+            f"{VISION_LAYERS}. Weights are missing: copy the checkpoint again."
         )
     return {
         "vocab_size": vocabulary[0],

@@ -128,7 +128,10 @@ def _sizes(said: Mapping[str, Any], family: Family, path: Path) -> BrainConfig:
         sizes["partial_rotary_factor"] = float(rope.get("partial_rotary_factor", 0.25))
     else:
         sizes["deepstack_visual_indexes"] = tuple(vision.get("deepstack_visual_indexes", ()))
-    return BrainConfig(family=family, **sizes)
+    try:
+        return BrainConfig(family=family, **sizes)
+    except ValueError as error:
+        raise ValueError(f"{path} has sizes that do not fit each other: {error}") from error
 
 
 def _interval(text: Mapping[str, Any], path: Path) -> int:

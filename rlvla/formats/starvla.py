@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from rlvla.config import ImportConfig
-from rlvla.formats.base import Draft, check_size, check_supported, integer, order_cameras, read_json
+from rlvla.formats.base import Draft, check_same, check_size, check_supported, integer, order_cameras, read_json
 from rlvla.formats.qwen_folder import MERGED, QwenFolder, read_qwen_folder, resized_side
 from rlvla.formats.starvla_norm import read_normalization
 from rlvla.formats.tensors import KeyMap, Weights, count_layers, read_weights, shape_of
@@ -31,6 +31,8 @@ TIED = {f"{VLM}lm_head.weight": "vlm.language_model.embed_tokens.weight"}
 """One tensor in the smaller models; in those where it is two, the head is kept aside."""
 HEAD_DIM = {"DiT-B": 64, "DiT-L": 48}
 """By action_model_type: what the tensors' shapes do not tell."""
+RESIDUAL_BLOCKS = 2
+"""Of QwenOFT's head, whatever its configuration says."""
 LAYERWISE_HEAD_DIM = 64
 """The same of QwenPI, where the configuration does not say."""
 CLIENT_SIDE = 224
@@ -55,6 +57,7 @@ class Run:
     framework: str
     action: Mapping[str, Any]
     diffusion: Mapping[str, Any]
+    qwenvl: Mapping[str, Any]
     weights: Weights
     given: ImportConfig
     spec: EnvSpec
@@ -96,7 +99,8 @@ def read(checkpoint: Path, config: ImportConfig, spec: EnvSpec) -> Draft:
     diffusion = action.get("diffusion_model_cfg") or {}
     check_supported(action, ACTION_MUST_BE, path)
     uses_state = data.get("include_state") not in (None, False, "False")
-    base_vlm = (framework.get("qwenvl") or {}).get("base_vlm", "the base VLM")
+    qwenvl = framework.get("qwenvl") or {}
+    base_vlm = qwenvl.get("base_vlm", "the base VLM")
     folder = read_qwen_folder(run, config.tokenizer, str(base_vlm))
     norm = read_normalization(run, config, spec, data.get("data_mix"), uses_state=uses_state)
     names = norm.images or tuple(camera.name for camera in spec.cameras)
@@ -108,7 +112,9 @@ def read(checkpoint: Path, config: ImportConfig, spec: EnvSpec) -> Draft:
         "image_sizes": _image_sizes(framework, data, folder, path),
         "cameras": cameras,
     }
-    policy, keys = READERS[name](Run(path, str(name), action, diffusion, weights, config, spec, uses_state, shared))
+    policy, keys = READERS[name](
+        Run(path, str(name), action, diffusion, qwenvl, weights, config, spec, uses_state, shared)
+    )
     notes = [f"Left out, which the checkpoint was trained with: {', '.join(empty)}."] if empty else []
     if not norm.images and len(spec.cameras) > 1:
         notes.append(f"The images' order is the suite's, as none is known for this robot: {', '.join(cameras)}.")
@@ -122,8 +128,11 @@ def _gr00t(run: Run) -> tuple[QwenGr00tConfig, KeyMap]:
     width = run.shape("action_encoder.layer3.weight")[0]
     channels = run.shape("action_encoder.layer1.weight")[1]
     check_size("the action", channels, run.spec.action_size, run.weights.path)
+    blocks = count_layers(run.weights, f"{HEAD}model.transformer_blocks.")
+    check_same(run.diffusion, "num_layers", run.path, blocks, "blocks of the DiT", run.weights.path)
+    _check_said(run, channels)
     expert = Gr00tHeadConfig(
-        num_blocks=count_layers(run.weights, f"{HEAD}model.transformer_blocks."),
+        num_blocks=blocks,
         num_heads=_heads(run, width),
         head_dim=width // _heads(run, width),
         hidden_size=run.shape("action_decoder.layer1.weight")[0],
@@ -155,12 +164,19 @@ def _oft(run: Run) -> tuple[QwenOftConfig, KeyMap]:
     channels, width = run.shape("model.fc2.weight")
     hidden = run.shape("model.fc1.weight")[1]
     check_size("the action", channels, run.spec.action_size, run.weights.path)
+    check_same(run.action, "action_dim", run.path, channels, "channels of the action", run.weights.path)
+    blocks = count_layers(run.weights, f"{HEAD}model.mlp_resnet_blocks.")
+    if blocks != RESIDUAL_BLOCKS:
+        raise ValueError(
+            f"{run.weights.path} has {blocks} residual blocks of the head; QwenOFT's has {RESIDUAL_BLOCKS}. Weights "
+            "are missing: copy the checkpoint again."
+        )
     if width != 2 * hidden:
         raise ValueError(f"{run.weights.path}: {HEAD}model is {width} wide; it must be twice the VLM's {hidden}.")
     policy = QwenOftConfig(
         horizon=run.horizon,
         channels=channels,
-        num_blocks=count_layers(run.weights, f"{HEAD}model.mlp_resnet_blocks."),
+        num_blocks=blocks,
         value_uses_state=False,
         **run.shared,
     )
@@ -172,8 +188,18 @@ def _pi(run: Run) -> tuple[QwenPiConfig, KeyMap]:
     channels = run.shape("action_encoder.layer1.weight")[1]
     check_size("the action", channels, run.spec.action_size, run.weights.path)
     vlm = run.shared["vlm"]
+    blocks = count_layers(run.weights, f"{HEAD}model.transformer_blocks.")
+    # starVLA overwrites diffusion_model_cfg.num_layers, which therefore says nothing.
+    layers = integer(run.qwenvl, "num_vl_layers", vlm.num_hidden_layers, run.path)
+    if blocks != layers:
+        raise ValueError(
+            f"{run.weights.path} has {blocks} blocks of the DiT; QwenPI has one for each of {layers} layers of the VLM "
+            f"({run.path}, framework.qwenvl.num_vl_layers, or else the VLM's config.json). Weights are missing, or it "
+            "was another VLM. Is it a checkpoint of QwenPI?"
+        )
+    _check_said(run, channels)
     expert = LayerwiseHeadConfig(
-        num_blocks=count_layers(run.weights, f"{HEAD}model.transformer_blocks."),
+        num_blocks=blocks,
         head_dim=integer(run.diffusion, "attention_head_dim", LAYERWISE_HEAD_DIM, run.path),
         hidden_size=run.shape("action_decoder.layer1.weight")[0],
         num_future_tokens=run.shape("future_tokens.weight")[0],
@@ -200,6 +226,13 @@ def _pi(run: Run) -> tuple[QwenPiConfig, KeyMap]:
     # The DiT is built with a last projection, and QwenPI's forward pass goes round it.
     unused = frozenset(key for key in run.weights.tensors if key.startswith(f"{HEAD}model.proj_out_"))
     return policy, _keys(kept=_state_keys(run) | unused)
+
+
+def _check_said(run: Run, channels: int) -> None:
+    """Sizes of a flow head that both the configuration and the tensors have."""
+    check_same(run.action, "action_dim", run.path, channels, "channels of the action", run.weights.path)
+    future = run.shape("future_tokens.weight")[0]
+    check_same(run.action, "num_target_vision_tokens", run.path, future, "future tokens", run.weights.path)
 
 
 def _self_attention(run: Run) -> bool:

@@ -20,7 +20,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from rlvla.config import ImportConfig
-from rlvla.formats.base import affine, read_json
+from rlvla.formats.base import affine, read_json, read_numbers
 from rlvla.policies.action_stats import ActionStats
 from rlvla_envs.base import ActionComponent, EnvSpec
 
@@ -160,10 +160,7 @@ def _table(entry: Mapping[str, Any], name: str, where: str) -> dict[str, np.ndar
         raise ValueError(f"{where} is missing or no table of statistics.")
     found = {}
     for key, value in values.items():
-        try:
-            found[key] = np.asarray(value, np.float64).reshape(-1)
-        except (TypeError, ValueError) as error:
-            raise ValueError(f"{where} has {key} = {value!r}; it must be a list of numbers.") from error
+        found[key] = read_numbers(value, f"{where}, {key},")
     return found
 
 
@@ -196,7 +193,9 @@ def _check_mask(mask: Any, modes: Sequence[str], where: str) -> None:
     """Channels that the statistics mark as not normalised must not be mapped."""
     if mask is None:
         return
-    wrong = [i for i, (used, mode) in enumerate(zip(mask, modes, strict=False)) if not used and mode in AFFINE]
+    if not isinstance(mask, list) or len(mask) != len(modes):
+        raise ValueError(f"{where} has mask = {mask!r}; it must have one entry for each of {len(modes)} channels.")
+    wrong = [i for i, (used, mode) in enumerate(zip(mask, modes, strict=True)) if not used and mode in AFFINE]
     if wrong:
         raise ValueError(
             f"{where} has mask = false for channel {wrong[0]}, which is not normalised then, and the mode there is "
@@ -224,7 +223,8 @@ def _state(
             "for all channels, which alone is clipped."
         )
     low, high = _bounds(modes, _table(entry, "state", where), where)
-    # A channel that never moved: starVLA gives it as it is or as 0. A range of 2 about it gives 0 where it still is.
-    still = high == low
-    low[still], high[still] = low[still] - 1, high[still] + 1
+    # A channel that never moved: by min_max starVLA gives it as 0, by the others as it is.
+    still, zeroed = high == low, np.array([mode == "min_max" for mode in modes])
+    about = np.where(zeroed, low, 0.0)
+    low, high = np.where(still, about - 1, low), np.where(still, about + 1, high)
     return (low + high) / 2, (high - low) / 2, 1.0 if modes[0] == "q99" else float("inf")

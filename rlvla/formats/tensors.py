@@ -31,6 +31,12 @@ def read_weights(path: Path) -> Weights:
     Raises:
         ValueError: not there, damaged, or a pickle with more than tensors in it.
     """
+    index = path.with_name(f"{path.name}.index.json")
+    if not path.is_file() and index.is_file():
+        raise ValueError(
+            f"{path.parent} has its weights in several files ({index.name}); a single {path.name} is needed, as the "
+            "format's own tools write it. Load the checkpoint there and save it unsharded (max_shard_size)."
+        )
     if not path.is_file():
         raise ValueError(f"there is no weights file at {path}.")
     if path.suffix == ".safetensors":
@@ -79,7 +85,9 @@ class KeyMap:
     kept: frozenset[str] = frozenset()
     """Keys of theirs that acting does not use. They are kept aside for export."""
     tied: Mapping[str, str] = field(default_factory=dict)
-    """Keys of theirs that may be a second name of a tensor of ours."""
+    """Keys of theirs that may be a second name of a tensor of ours, or another of the same shape."""
+    kept_like: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
+    """Shapes of kept keys, where they are known."""
     own: frozenset[str] = frozenset()
     """Tensors of ours that no checkpoint has. They keep their initial values and are not exported."""
 
@@ -115,7 +123,8 @@ def shape_of(weights: Weights, key: str, axes: int, what: str) -> tuple[int, ...
 
 
 def count_layers(weights: Weights, prefix: str) -> int:
-    """How many numbers follow a prefix such as "model.layers."."""
+    """How many numbers follow a prefix such as "model.layers.". That none is missing at the end, only a configuration
+    can tell."""
     return len({key[len(prefix) :].split(".")[0] for key in weights.tensors if key.startswith(prefix)})
 
 
@@ -133,6 +142,7 @@ def place(weights: Weights, policy: nn.Module, key_map: KeyMap) -> tuple[dict[st
     places: dict[str, Place] = {}
     kept: dict[str, Tensor] = {}
     homeless: list[str] = []
+    misshapen: list[str] = []
     for key in sorted(weights.tensors, key=lambda key: key in key_map.tied):
         tensor = weights.tensors[key]
         name: str | None = key_map.ours(key)
@@ -146,6 +156,11 @@ def place(weights: Weights, policy: nn.Module, key_map: KeyMap) -> tuple[dict[st
             homeless.append(f"{key} {tuple(tensor.shape)}")
             continue
         if name is None:
+            shape = key_map.kept_like.get(key)
+            if key in key_map.tied and key_map.tied[key] in expected:
+                shape = tuple(expected[key_map.tied[key]].shape)
+            if shape is not None and tuple(tensor.shape) != shape:
+                misshapen.append(f"{key} {tuple(tensor.shape)} instead of {shape}")
             kept[key] = tensor
         else:
             found.setdefault(name, key)
@@ -153,14 +168,20 @@ def place(weights: Weights, policy: nn.Module, key_map: KeyMap) -> tuple[dict[st
     absent = [
         f"{key_map.theirs(n)} {tuple(expected[n].shape)}" for n in sorted(set(expected) - set(found) - key_map.own)
     ]
-    wrong = [
+    wrong = misshapen + [
         f"{key} {tuple(weights.tensors[key].shape)} instead of {tuple(expected[name].shape)}"
         for name, key in sorted(found.items())
         if weights.tensors[key].shape != expected[name].shape
     ]
+    whole = [f"{key} {tensor.dtype}" for key, tensor in weights.tensors.items() if not tensor.is_floating_point()]
     problems = [
         f"{label}: {_few(names)}"
-        for label, names in (("without a home", homeless), ("missing", absent), ("of another shape", wrong))
+        for label, names in (
+            ("without a home", homeless),
+            ("missing", absent),
+            ("of another shape", wrong),
+            ("of whole numbers", whole),
+        )
         if names
     ]
     if problems:
@@ -170,7 +191,7 @@ def place(weights: Weights, policy: nn.Module, key_map: KeyMap) -> tuple[dict[st
         )
     for name, key in found.items():
         tensor = weights.tensors[key]
-        if tensor.is_floating_point() and not torch.isfinite(tensor).all():
+        if not torch.isfinite(tensor).all():
             raise ValueError(f"{weights.path}: {key} has values that are not finite. Copy the checkpoint again.")
         expected[name].copy_(tensor)
     return places, kept
@@ -180,9 +201,16 @@ def gather(policy: nn.Module, places: Mapping[str, Place], kept: Mapping[str, Te
     """The inverse of `place`: the original's keys and precisions, with the policy's weights as they are now.
 
     Raises:
+        ValueError: a place that the policy has not.
         RuntimeError: a weight that the original's precision cannot hold.
     """
     state = policy.state_dict()
+    unknown = sorted({place.name for place in places.values() if place.name is not None} - set(state))
+    if unknown:
+        raise ValueError(
+            f"the policy's origin.json names tensors that the policy lacks: {_few(unknown)}. It is damaged, or of "
+            "another policy: import the checkpoint again."
+        )
     tensors: dict[str, Tensor] = {}
     for key, target in places.items():
         if target.name is None:

@@ -7,9 +7,10 @@ Tensors are mapped from the file, so those that nobody reads take no memory.
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any
 
+import torch
 from torch import Tensor
 
 FOLDER = "origin"
@@ -58,6 +59,8 @@ class Origin:
             "key_map": self.key_map,
             "weights": self.weights,
             "metadata": dict(self.metadata),
+            # A table that somebody has shortened would export a checkpoint with holes.
+            "num_tensors": len(self.places),
             "tensors": {key: [place.name, place.dtype] for key, place in self.places.items()},
         }
         (folder / "origin.json").write_text(json.dumps(content, indent=1) + "\n")
@@ -83,6 +86,7 @@ class Origin:
             root = folder / "files"
             files = {str(p.relative_to(root)): p.read_bytes() for p in sorted(root.rglob("*")) if p.is_file()}
             kept = load_file(folder / "kept.safetensors") if (folder / "kept.safetensors").is_file() else {}
+            _check(content, places)
             unkept = [key for key, place in places.items() if place.name is None and key not in kept]
             if unkept:
                 raise KeyError(f"kept.safetensors lacks {', '.join(unkept[:3])}")
@@ -101,3 +105,21 @@ class Origin:
                 "checkpoint again."
             ) from error
         return origin
+
+
+def _check(content: Mapping[str, Any], places: Mapping[str, Place]) -> None:
+    """What export relies on: a policy folder may be somebody else's.
+
+    Raises:
+        ValueError: the weights file would lie outside the exported folder, or the table of tensors is none.
+    """
+    weights = PurePosixPath(content["weights"])
+    if weights.is_absolute() or ".." in weights.parts or not weights.name:
+        raise ValueError(f"origin.json names the weights file {content['weights']!r}, which is not inside a checkpoint")
+    if content.get("num_tensors", len(places)) != len(places):
+        raise ValueError(f"origin.json has {len(places)} tensors; it was written with {content['num_tensors']}")
+    for key, place in places.items():
+        if not isinstance(getattr(torch, str(place.dtype), None), torch.dtype):
+            raise ValueError(f"origin.json says that {key} has the precision {place.dtype!r}, which does not exist")
+        if not isinstance(place.name, str | None):
+            raise ValueError(f"origin.json says that {key} is {place.name!r}, which is no name")

@@ -57,6 +57,9 @@ class Pi05Config(PrefixOptions):
     expert: ExpertSizes = field(default_factory=ExpertSizes)
     pad_state_text: bool = False
     """Write the state into the prompt with its padding, as LeRobot does; openpi writes it without."""
+    state_in_prompt: bool = True
+    """False for checkpoints that were trained without (openpi's discrete_state_input=False): the policy then does not
+    read the state."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -141,6 +144,8 @@ class Pi05(PaliGemmaPolicy):
 
     def prompt(self, instruction: str, state: Float[np.ndarray, " P"]) -> str:
         """Instruction, the state in bins of [-1, 1], and the word that the actions follow."""
+        if not self.config.state_in_prompt:
+            return super().prompt(instruction, state)
         if self.config.pad_state_text:
             state = np.pad(state, (0, self.config.expert.state_channels - len(state)))
         # Below -1 is bin -1: so it is in openpi, and the model has seen it.

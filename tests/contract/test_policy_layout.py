@@ -12,7 +12,7 @@ from rlvla_envs.base import SuiteConfig
 from rlvla_envs.suites import make_env
 
 PINNED = {
-    "pi05_toy": "1802b836317c6200",
+    "pi05_toy": "6b93169abca109c9",
     "pi0_toy": "d8dfa732836a5259",
     "qwen_gr00t_toy": "432761be4bded64d",
     "qwen_oft_toy": "6de5c101af4ea504",

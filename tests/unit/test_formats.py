@@ -4,6 +4,7 @@ import importlib.util
 import json
 import math
 import pickle
+import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -625,7 +626,7 @@ def test_tensors_are_placed_by_the_first_prefix_that_fits_and_gathered_again(tmp
         "net.a.bias": torch.zeros(2),
         "net.weight": torch.full((1, 2), 0.1),
         "net.bias": torch.ones(1),
-        "net.head": torch.arange(4),
+        "net.head": torch.arange(4.0),
     }
     save_file(tensors, tmp_path / "w.safetensors")
     model = torch.nn.Sequential(torch.nn.Linear(3, 2), torch.nn.Linear(2, 1))
@@ -642,3 +643,203 @@ def test_every_format_says_where_its_noise_is() -> None:
     assert {name: find_format(name).noise_at for name in FORMATS} == {"lerobot": 1.0, "openpi": 1.0, "starvla": 0.0}
     with pytest.raises(ValueError, match=r"'lerobt' is no checkpoint format. Did you mean 'lerobot'"):
         find_format("lerobt")
+
+
+# --- what looks right and is not
+
+
+def edit_json(path: Path, change: Callable[[Any], None]) -> None:
+    data = json.loads(path.read_text())
+    change(data)
+    path.write_text(json.dumps(data))
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ({"std": [0.5, -0.1]}, r"std = -0.1 in channel 1; it must be 0 or more"),
+        ({"std": [0.5]}, r"2 channels of mean and 1 of std"),
+    ],
+)
+def test_statistics_that_no_data_have_are_refused(tmp_path: Path, change: dict[str, Any], said: str) -> None:
+    table = public.statistics()
+    table["action"] |= change
+    write(tmp_path / "theirs", "pi0", stats=table)
+    assert re.search(said, refusal(tmp_path / "theirs", "pi0"))
+
+
+def test_quantiles_the_wrong_way_round_are_refused(tmp_path: Path) -> None:
+    table = public.statistics()
+    table["observation.state"]["q99"][3] = table["observation.state"]["q01"][3] - 1
+    write(tmp_path / "theirs", "pi05", stats=table)
+    assert "in channel 3; it must be at least q01" in refusal(tmp_path / "theirs", "pi05")
+
+
+def test_numbers_that_are_words_are_named_with_their_key(tmp_path: Path) -> None:
+    write(tmp_path / "theirs", "openpi-pi05")
+    path = tmp_path / "theirs/assets/toy/norm_stats.json"
+    edit_json(path, lambda data: data["norm_stats"]["actions"].update(q01=["a", "b"]))
+    said = refusal(tmp_path / "theirs", "openpi-pi05")
+    assert f"{path} (action.q01) is ['a', 'b']; it must be a list of numbers" in said
+
+
+def test_a_normalisation_that_nobody_names_is_not_taken_for_none(tmp_path: Path) -> None:
+    config = public.lerobot_config("pi0")
+    del config["normalization_mapping"]
+    write(tmp_path / "theirs", "pi0", config=config)
+    for name in ("policy_preprocessor.json", "policy_postprocessor.json"):
+        edit_json(
+            tmp_path / "theirs" / name,
+            lambda data: [step["config"].pop("norm_map", None) for step in data["steps"]],
+        )
+    assert "does not say how observation.state is normalised" in refusal(tmp_path / "theirs", "pi0")
+
+
+def test_the_preprocessors_constant_is_that_of_the_state(tmp_path: Path) -> None:
+    write(tmp_path / "theirs", "pi0")
+    path = tmp_path / "theirs/policy_preprocessor.json"
+    edit_json(
+        path,
+        lambda data: [
+            s["config"].update(eps=1.0) for s in data["steps"] if s["registry_name"] == "normalizer_processor"
+        ],
+    )
+    import_it(tmp_path / "theirs", "pi0", tmp_path / "policy")
+    stats = load_policy(tmp_path / "policy").stats
+    theirs = public.statistics()
+    assert stats.state_std == pytest.approx(np.array(theirs["observation.state"]["std"]) + 1, rel=1e-6)
+    assert (stats.q99 - stats.q01) / 2 == pytest.approx(np.array(theirs["action"]["std"]), rel=1e-6)
+
+
+def test_layers_that_the_configuration_counts_and_the_file_lacks_are_missed(tmp_path: Path) -> None:
+    tensors = {
+        key: tensor
+        for key, tensor in public.draw(public.smolvla_shapes()).items()
+        if "text_model.layers.2." not in key and "lm_expert.layers.2." not in key
+    }
+    write(tmp_path / "theirs", "smolvla", tensors=tensors)
+    said = refusal(tmp_path / "theirs", "smolvla")
+    assert "num_vlm_layers = 3" in said
+    assert "has 2 layers of the language model" in said
+
+
+@pytest.mark.parametrize("width", [1152, 768])
+def test_a_published_vision_tower_has_all_its_layers(width: int) -> None:
+    from rlvla.formats.lerobot import VISION_DEPTH
+    from rlvla.formats.pi_weights import VISION_LAYERS, VISION_WIDTH
+
+    # SigLIP So400m and base, as their publishers write them.
+    assert VISION_DEPTH[width] == {1152: 27, 768: 12}[width]
+    assert (VISION_WIDTH, VISION_LAYERS) == (1152, 27)
+
+
+def test_a_vision_tower_of_published_width_that_lacks_its_last_layer_is_refused(tmp_path: Path) -> None:
+    tower = "paligemma_with_expert.paligemma.model.vision_tower.vision_model."
+    shapes = {key: shape for key, shape in public.pi_shapes(pi05=False).items() if not key.startswith(tower)}
+    shapes |= public.vision_shapes(tower, 1152, 8, 26)
+    write(tmp_path / "theirs", "openpi-pi0", tensors={key: torch.zeros(shape) for key, shape in shapes.items()})
+    said = refusal(tmp_path / "theirs", "openpi-pi0")
+    assert "has 26 layers of the vision tower; SigLIP So400m, 1152 wide, has 27" in said
+
+
+@pytest.mark.parametrize(
+    ("kind", "key"),
+    [
+        ("pi0", "model.paligemma_with_expert.paligemma.lm_head.weight"),
+        ("pi0", "model.paligemma_with_expert.gemma_expert.lm_head.weight"),
+        ("openpi-pi05", "paligemma_with_expert.gemma_expert.lm_head.weight"),
+        ("smolvla", "model.vlm_with_expert.vlm.lm_head.weight"),
+    ],
+)
+def test_a_head_that_is_kept_aside_must_have_the_shape_of_one(tmp_path: Path, kind: str, key: str) -> None:
+    tensors = write(tmp_path / "fine", kind)
+    assert key in tensors
+    write(tmp_path / "theirs", kind, tensors={**tensors, key: torch.zeros(3, 5)})
+    said = refusal(tmp_path / "theirs", kind)
+    assert "of another shape" in said
+    assert f"{key} (3, 5) instead of" in said
+
+
+def test_weights_of_whole_numbers_are_refused(tmp_path: Path) -> None:
+    tensors = write(tmp_path / "fine", "smolvla")
+    tensors["model.state_proj.weight"] = tensors["model.state_proj.weight"].to(torch.int8)
+    write(tmp_path / "theirs", "smolvla", tensors=tensors)
+    assert "of whole numbers: model.state_proj.weight torch.int8" in refusal(tmp_path / "theirs", "smolvla")
+
+
+def test_a_checkpoint_in_several_files_is_named_as_such(tmp_path: Path) -> None:
+    write(tmp_path / "theirs", "pi0")
+    (tmp_path / "theirs/model.safetensors").unlink()
+    (tmp_path / "theirs/model.safetensors.index.json").write_text('{"weight_map": {"a": "model-00001.safetensors"}}')
+    assert "has its weights in several files" in refusal(tmp_path / "theirs", "pi0")
+
+
+@pytest.mark.parametrize("kind", ["pi0", "pi05"])
+def test_a_checkpoint_of_lerobot_is_not_one_of_openpi(tmp_path: Path, kind: str) -> None:
+    write(tmp_path / "theirs", kind)
+    said = refusal(tmp_path / "theirs", f"openpi-{kind}", horizon=10)
+    assert f"says type '{kind}'" in said
+    assert "rlvla import lerobot" in said
+
+
+def test_a_configuration_that_openpi_did_not_write_is_judged_before_the_weights(tmp_path: Path) -> None:
+    (tmp_path / "theirs").mkdir()
+    (tmp_path / "theirs/config.json").write_text('{"model_type": "llama", "hidden_size": 4}')
+    assert "is not what openpi's converter writes" in refusal(tmp_path / "theirs", "openpi-pi0")
+
+
+@pytest.mark.parametrize("where", ["option", "config.json"])
+def test_a_pi05_that_was_trained_without_the_state_in_its_prompt_has_the_prompt_of_pi0(
+    tmp_path: Path, where: str
+) -> None:
+    write(tmp_path / "theirs", "openpi-pi05")
+    options = {"discrete_state_input": False} if where == "option" else {}
+    if where == "config.json":
+        edit_json(tmp_path / "theirs/config.json", lambda data: data.update(discrete_state_input=False))
+    import_it(tmp_path / "theirs", "openpi-pi05", tmp_path / "policy", **options)
+    policy: Any = load_policy(tmp_path / "policy")
+    assert policy.prompt(" pick_up\nit ", np.zeros(5, np.float32)) == "pick up it\n"
+    seen = observe(policy)
+    assert seen.state is not None
+    moved = Observation(seen.images, seen.instruction, seen.state + 0.5)
+    assert torch.equal(policy.collate(seen)["input_ids"], policy.collate(moved)["input_ids"])
+
+
+def test_what_no_file_of_openpi_says_is_noted_or_said(tmp_path: Path) -> None:
+    write(tmp_path / "theirs", "openpi-pi05")
+    notes = " ".join(import_it(tmp_path / "theirs", "openpi-pi05", tmp_path / "guessed")["notes"])
+    assert "delta_actions=false" in notes
+    assert "discrete_state_input=false" in notes
+    known = {"delta_actions": False, "discrete_state_input": True}
+    assert "state" not in " ".join(import_it(tmp_path / "theirs", "openpi-pi05", tmp_path / "known", **known)["notes"])
+    assert "openpi's AbsoluteActions" in refusal(tmp_path / "theirs", "openpi-pi05", delta_actions=True)
+    edit_json(tmp_path / "theirs/config.json", lambda data: data.update(discrete_state_input=False))
+    assert "Leave discrete_state_input out" in refusal(tmp_path / "theirs", "openpi-pi05", discrete_state_input=True)
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        (lambda data: data.update(weights="../../PWNED.safetensors"), "not inside a checkpoint"),
+        (lambda data: data.update(weights="/tmp/PWNED.safetensors"), "not inside a checkpoint"),
+        (lambda data: data["tensors"].popitem(), "it was written with"),
+        (lambda data: data["tensors"].update({next(iter(data["tensors"])): ["expert.norm.weight", "load"]}), "'load'"),
+        (lambda data: data["tensors"].update({next(iter(data["tensors"])): ["nobody", "float32"]}), "nobody"),
+    ],
+)
+def test_an_export_trusts_no_origin(tmp_path: Path, change: Callable[[Any], None], said: str) -> None:
+    write(tmp_path / "theirs", "smolvla")
+    import_it(tmp_path / "theirs", "smolvla", tmp_path / "deep/policy")
+    edit_json(tmp_path / "deep/policy/origin/origin.json", change)
+    before = sorted(tmp_path.rglob("*"))
+    with pytest.raises(ValueError, match=re.escape(said)):
+        exporting.run(ExportConfig(policy=str(tmp_path / "deep/policy"), output=str(tmp_path / "deep/back")))
+    assert sorted(tmp_path.rglob("*")) == before
+
+
+def test_code_that_a_configuration_names_is_not_run_and_said_to_be_there(tmp_path: Path) -> None:
+    write(tmp_path / "theirs", "pi0", config=public.lerobot_config("pi0", auto_map={"AutoModel": "evil.Model"}))
+    (tmp_path / "theirs/evil.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w')\n")
+    notes = import_it(tmp_path / "theirs", "pi0", tmp_path / "policy")["notes"]
+    assert "config.json names code of its own (auto_map); none was run." in notes
+    assert not (tmp_path / "ran").exists()

@@ -24,6 +24,7 @@ from rlvla.policies.action_stats import ActionStats
 from rlvla.policies.folder import load_policy, save_policy
 from rlvla.policies.policy import Policy
 from rlvla.policies.processor import resize
+from rlvla.vision_language import Reader
 from rlvla_envs.base import ActionComponent, EnvSpec, Observation, SuiteConfig
 
 TOY = SuiteConfig(name="toy", image_size=32, chunk_size=6)
@@ -404,7 +405,8 @@ def test_a_checkpoint_of_another_architecture_is_refused(
             run, _ = write(kind, f"mixed_{other}", tensors=tensors)
             said = refusal(run)
             assert str(run / public.WHERE) in said
-            assert f"Is it a checkpoint of {kind}?" in said or "does not fit the architecture" in said
+            doubts = (f"Is it a checkpoint of {kind}?", "does not fit the architecture", "of another checkpoint")
+            assert any(doubt in said for doubt in doubts)
     bare = {key: t for key, t in public.draw(public.vlm_shapes(vlm[1])).items() if key.startswith(public.MODEL)}
     run, _ = write(kind, "bare", tensors=bare)
     assert "lacks the tensor action_model." in refusal(run)
@@ -595,3 +597,98 @@ def test_a_gripper_that_closes_upwards_is_turned_round(tmp_path: Path) -> None:
     assert again.normalize(np.array([[-1.0], [1.0]])).tolist() == [[1.0], [0.0]]
     with pytest.raises(ValueError, match=r"convention 'percent'; .* which number is \"open\""):
         closed_and_open(arm("percent")[1])
+
+
+# --- what looks right and is not
+
+
+@pytest.mark.parametrize(
+    ("kind", "lost", "said"),
+    [
+        ("QwenGR00T", f"action_model.model.transformer_blocks.{public.BLOCKS - 1}.", "num_layers = 4"),
+        (
+            "QwenPI",
+            f"action_model.model.transformer_blocks.{public.LAYERS - 1}.",
+            "one for each of 3 layers of the VLM",
+        ),
+        ("QwenOFT", "action_model.model.mlp_resnet_blocks.1.", "has 1 residual blocks of the head; QwenOFT's has 2"),
+    ],
+)
+def test_a_last_block_that_is_missing_is_missed(
+    write: Callable[..., tuple[Path, dict[str, Tensor]]], vlm: tuple[Path, int], kind: str, lost: str, said: str
+) -> None:
+    tensors = public.draw(public.vlm_shapes(vlm[1]) | public.head_shapes(kind))
+    fewer = {key: tensor for key, tensor in tensors.items() if not key.startswith(lost)}
+    assert len(fewer) < len(tensors)
+    run, _ = write(kind, tensors=fewer)
+    assert said in refusal(run)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("key", ["action_dim", "num_target_vision_tokens"])
+def test_a_configuration_that_contradicts_the_tensors_is_refused(
+    write: Callable[..., tuple[Path, dict[str, Tensor]]], tmp_path: Path, kind: str, key: str
+) -> None:
+    run, _ = write(kind, config=public.configuration(kind, **{f"framework.action_model.{key}": 7}))
+    if kind == "QwenOFT" and key != "action_dim":
+        import_it(run, tmp_path / "policy")
+    else:
+        said = refusal(run)
+        assert f"{run}/config.yaml says {key} = 7, and {run / public.WHERE} has" in said
+
+
+def test_statistics_that_no_data_have_are_refused(write: Callable[..., tuple[Path, dict[str, Tensor]]]) -> None:
+    def table(**action: Any) -> dict[str, Any]:
+        found: dict[str, Any] = public.statistics()
+        found["toy_robot"]["action"] |= action
+        return found
+
+    run, _ = write("QwenOFT", "a", stats=table(q99=[0.4, -0.7]))
+    assert "q99 = -0.7 in channel 1; it must be at least q01, -0.5" in refusal(run)
+    run, _ = write("QwenOFT", "b", stats=table(mask=[True]))
+    assert "mask = [True]; it must have one entry for each of 2 channels" in refusal(run)
+    run, _ = write("QwenOFT", "c", stats=table(q99="high"))
+    assert "q99, is 'high'; it must be a list of numbers" in refusal(run)
+
+
+@pytest.mark.parametrize(("mode", "given"), [("q99", 0.7), ("mean_std", 0.7), ("min_max", 0.0)])
+def test_a_state_channel_that_never_moved_is_given_as_starvla_gives_it(
+    write: Callable[..., tuple[Path, dict[str, Tensor]]], tmp_path: Path, mode: str, given: float
+) -> None:
+    table = public.statistics()
+    state = table["toy_robot"]["state"]
+    for low, high in (("q01", "q99"), ("min", "max")):
+        state[low][2] = state[high][2] = 0.7
+    state["mean"][2], state["std"][2] = 0.7, 0.0
+    config = public.configuration("QwenGR00T", **{"datasets.vla_data.include_state": True})
+    run, _ = write("QwenGR00T", config=config, stats=table)
+    import_it(run, tmp_path / "policy", state_normalization=[mode])
+    stats = load_policy(tmp_path / "policy").stats
+    assert stats.normalize_state(np.array([[0.0, 0.0, 0.7, 0.0, 0.0]], np.float32))[0, 2] == pytest.approx(given)
+
+
+def test_a_language_model_with_an_output_layer_of_its_own_is_asked_nothing(
+    write: Callable[..., tuple[Path, dict[str, Tensor]]], vlm: tuple[Path, int], tmp_path: Path
+) -> None:
+    tensors = public.draw(public.vlm_shapes(vlm[1]) | public.head_shapes("QwenGR00T"))
+    head = f"{public.MODEL}lm_head.weight"
+    tensors[head] = tensors[head] + 1
+    run, _ = write("QwenGR00T", tensors=tensors)
+    assert head in import_it(run, tmp_path / "policy")["kept_aside"]
+    with pytest.raises(ValueError, match=r"output layer of its own \(qwen_vl_interface\.model\.lm_head\.weight\)"):
+        Reader(load_policy(tmp_path / "policy"))  # type: ignore[arg-type]
+    tied, _ = write("QwenGR00T", "tied")
+    import_it(tied, tmp_path / "policy_tied")
+    Reader(load_policy(tmp_path / "policy_tied"))  # type: ignore[arg-type]
+
+
+def test_sizes_of_a_base_model_that_do_not_fit_each_other_name_its_file(
+    write: Callable[..., tuple[Path, dict[str, Tensor]]], vlm: tuple[Path, int], tmp_path: Path
+) -> None:
+    shutil.copytree(vlm[0], tmp_path / "odd")
+    path = tmp_path / "odd/config.json"
+    data = json.loads(path.read_text())
+    data["text_config"]["rope_scaling"]["mrope_section"] = [1, 1, 1]
+    path.write_text(json.dumps(data))
+    run, _ = write("QwenGR00T")
+    assert refusal(run, tokenizer=str(tmp_path / "odd")).startswith(f"{path} has sizes that do not fit each other")

@@ -11,6 +11,8 @@ import pytest
 import torch
 from PIL import Image
 
+from rlvla import forgetting
+from rlvla.config import ForgettingConfig
 from rlvla.forgetting import ask, compare, normalized
 from rlvla.policies.backbone import with_head
 from rlvla.policies.policy import Policy
@@ -164,6 +166,9 @@ def test_answers_are_compared_without_case_spaces_and_punctuation() -> None:
     assert normalized("cube-2") != normalized("cube 2")
 
 
+RED, YES = {"type": "image", "image": "red.png"}, {"type": "text", "text": "yes"}
+
+
 @pytest.mark.parametrize(
     ("line", "said"),
     [
@@ -175,6 +180,14 @@ def test_answers_are_compared_without_case_spaces_and_punctuation() -> None:
         (chat("what?", "red", choices=["blue"]), "'red' is none of the choices"),
         (chat("<|image_pad|>?", "red"), "stands for an image"),
         (chat("what?", " "), "must be the assistant's answer"),
+        ({"messages": [{"role": "assistant", "content": "red"}]}, "line 2: .*no message is the user's"),
+        (
+            {"messages": [{"role": "user", "content": "?"}, {"role": "assistant", "content": [RED, YES]}]},
+            "line 2: .*an image stands in a turn of assistant",
+        ),
+        (chat("what?", "red", choices=["red"]), "line 2: .*at least two, and differ"),
+        (chat("what?", "red", choices=["red", "red", "blue"]), "line 2: .*at least two, and differ"),
+        (chat("what?", "red", image="chats.jsonl"), "line 2: .*chats.jsonl cannot be read"),
     ],
 )
 def test_a_line_that_is_no_conversation_is_named(write: Callable[..., Path], line: Any, said: str) -> None:
@@ -187,6 +200,25 @@ def test_no_file_and_an_empty_file_are_refused(tmp_path: Path, write: Callable[.
         load_chats(tmp_path / "nowhere.jsonl")
     with pytest.raises(ValueError, match="holds no conversation"):
         load_chats(write(""))
+
+
+def test_a_file_in_another_encoding_is_refused_by_name(tmp_path: Path) -> None:
+    path = tmp_path / "latin.jsonl"
+    path.write_bytes(json.dumps(chat("?", "Gr\u00f6\u00dfe"), ensure_ascii=False).encode("latin-1"))
+    with pytest.raises(ValueError, match=r"latin\.jsonl is no text in UTF-8"):
+        load_chats(path)
+
+
+def test_a_line_separator_inside_a_string_is_no_new_line(write: Callable[..., Path]) -> None:
+    line = json.dumps(chat("a\u2028b", "yes"), ensure_ascii=False)
+    assert load_chats(write(line))[0].texts() == ["a\u2028b", "yes"]
+
+
+def test_an_answer_of_punctuation_alone_measures_nothing(tmp_path: Path, write: Callable[..., Path]) -> None:
+    path = write(chat("fine?", "yes"), chat("what?", "..."))
+    config = ForgettingConfig(before="x", after="x", questions=str(path), output=str(tmp_path / "out.json"))
+    with pytest.raises(ValueError, match=r"the answer of conversation 2 is '\.\.\.'"):
+        forgetting.run(config)
 
 
 def test_rows_of_different_length_do_not_see_each_other(policy: Any, write: Callable[..., Path]) -> None:
