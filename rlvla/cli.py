@@ -15,6 +15,7 @@ VERBS = {
     "suites": "list the suites and what each lacks on this machine, or set one up",
     "import": "turn a checkpoint of LeRobot, openpi or starVLA into a policy folder",
     "export": "write an imported policy back in the format it came from",
+    "serve": "answer the websocket clients of openpi and starVLA, so that other harnesses and robots can use a policy",
     "doctor": "say what works on this machine, how to cure the rest, and what memory a run takes",
 }
 
@@ -24,6 +25,7 @@ POSITIONAL = {
     "suites": "       rlvla suites [list|status|setup] [NAME ...]",
     "import": "       rlvla import FORMAT CHECKPOINT output=FOLDER suite=NAME [key=value ...]",
     "export": "       rlvla export POLICY output=FOLDER",
+    "serve": "       rlvla serve POLICY [key=value ...]",
 }
 """Of verbs that take words without a key."""
 
@@ -39,6 +41,7 @@ EXAMPLES = """examples:
   rlvla compare runs/sft/policy runs/ppo/policy suites=[simpler_env,simpler_env_ood] eval.trials=100
   rlvla import lerobot downloads/smolvla output=policies/smolvla suite=push_cube
   rlvla export runs/ppo/policy output=refined
+  rlvla serve runs/ppo/policy port=8000
   rlvla doctor policy=qwen_vla_4b suite=simpler_env device_memory_gb=80"""
 
 

@@ -22,6 +22,7 @@ from rlvla.config import (
     ExportConfig,
     ForgettingConfig,
     ImportConfig,
+    ServeConfig,
     SFTConfig,
     SuitesConfig,
     TrainConfig,
@@ -41,6 +42,7 @@ SCHEMAS: dict[str, type] = {
     "suites": SuitesConfig,
     "import": ImportConfig,
     "export": ExportConfig,
+    "serve": ServeConfig,
     "doctor": DoctorConfig,
     "forgetting": ForgettingConfig,
 }

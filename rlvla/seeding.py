@@ -25,6 +25,7 @@ class Stream(IntEnum):
     VISION_LANGUAGE = 7
     BOOTSTRAP = 8
     REASONING = 9
+    SERVED = 10
 
 
 def keyed_rng(seed: int, stream: Stream, *key: int) -> np.random.Generator:

@@ -16,7 +16,7 @@ ACROSS_SUITES = ("eval_suites", "compare")
 """Schemas with ``suites``, a mapping."""
 
 
-PLACES = {"import": ("format", "checkpoint"), "export": ("policy",)}
+PLACES = {"import": ("format", "checkpoint"), "export": ("policy",), "serve": ("policy",)}
 """Settings that may be words without a key, in this order."""
 
 

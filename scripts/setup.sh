@@ -92,6 +92,8 @@ install_packages() {
     install_torch
     say "installing rlvla and its dependencies (minutes on a new machine)"
     pip_install -e ".[dev]"
+    # Tests of `rlvla serve` ask with it. Its metadata wants numpy 1; its code does not.
+    pip_install --no-deps openpi-client==0.1.2
     printf '%s\n%s\n' "$(recipe)" "${RLVLA_TORCH:-}" > "$packages_stamp"
 }
 

@@ -38,7 +38,7 @@ A verb takes `key=value` words in any order: `rlvla train policy=PATH algo.targe
 `learning_rates.GROUP=VALUE` and, for `rlvla train`, `algo.learning_rates.GROUP=VALUE`, for the policy's parameter
 groups, `algo.teacher.weights.TASK=VALUE` and `algo.reasoning_teacher.weights.DOMAIN=VALUE`.
 
-Words without a key are policy folders (`eval`, `compare`) or suites (`suites`).
+Words without a key are policy folders (`eval`, `compare`, `serve`) or suites (`suites`).
 
 `rlvla VERB key=value --help` prints a verb's options as the command sets them; `--cfg` prints the same as YAML. YAML
 files override the defaults below, and the command line overrides both. An unknown key, a

@@ -39,6 +39,7 @@ from rlvla.config.objective import (
 )
 from rlvla.config.safeguard import SafeguardConfig
 from rlvla.config.sampler import NoiseSchedule, Process, SamplerConfig, SamplerKind
+from rlvla.config.serve import ServeConfig
 from rlvla.config.sft import CollectConfig, FlowTime, SFTConfig, VisionLanguageConfig
 from rlvla.config.train import DoctorConfig, EvalConfig, Schedule, TaskMix, TrainConfig
 
@@ -80,6 +81,7 @@ __all__ = [
     "SamplerConfig",
     "SamplerKind",
     "Schedule",
+    "ServeConfig",
     "SuitesAction",
     "SuitesConfig",
     "TaskMix",

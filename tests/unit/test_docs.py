@@ -50,6 +50,7 @@ REQUIRED = {
     "eval": "policy=PATH",
     "import": "format=NAME checkpoint=PATH output=PATH",
     "export": "policy=PATH output=PATH",
+    "serve": "policy=PATH",
 }
 NAMED = {"compare": ["BEFORE", "AFTER"]}
 """Words without a key that have to be given."""
