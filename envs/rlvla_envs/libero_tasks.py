@@ -11,11 +11,10 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 
-from rlvla_envs.base import FIRST_TRAINING_STATE
 from rlvla_envs.libero_names import NAMES
 
 if TYPE_CHECKING:
-    from jaxtyping import Float, UInt8
+    from jaxtyping import Float
 
 STATES_PER_TASK = 50
 """Initial states that the benchmark stores for every task, of LIBERO and of LIBERO-PRO alike."""
@@ -114,33 +113,7 @@ def chosen_tasks(suite: str, choice: str) -> tuple[Task, ...]:
     return tuple(chosen)
 
 
-def place_of(num_tasks: int, initial_state: int) -> tuple[int, int | None]:
-    """Task and stored state of an initial state; None for a training state, which is drawn.
-
-    Evaluation states count through the stored ones, task after task.
-
-    >>> place_of(10, 0), place_of(10, 49), place_of(10, 50), place_of(10, 1_000_003)
-    ((0, 0), (0, 49), (1, 0), (3, None))
-
-    Raises:
-        ValueError: neither an evaluation nor a training state.
-    """
-    if initial_state >= FIRST_TRAINING_STATE:
-        return initial_state % num_tasks, None
-    if not 0 <= initial_state < num_tasks * STATES_PER_TASK:
-        raise ValueError(
-            f"initial state {initial_state} is neither an evaluation state (0 to {num_tasks * STATES_PER_TASK - 1}) "
-            f"nor a training state (from {FIRST_TRAINING_STATE})."
-        )
-    return divmod(initial_state, STATES_PER_TASK)
-
-
 # --- what the simulator says, as policies of LIBERO know it
-
-
-def turned(image: UInt8[np.ndarray, "h w 3"]) -> UInt8[np.ndarray, "h w 3"]:
-    """The simulator's picture turned by 180 degrees, as every public LIBERO checkpoint was trained to see it."""
-    return np.ascontiguousarray(image[::-1, ::-1])
 
 
 def axis_angle(quaternion: Float[np.ndarray, "4"]) -> Float[np.ndarray, "3"]:

@@ -8,14 +8,16 @@ from __future__ import annotations
 import contextlib
 import io
 import os
-import re
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from rlvla_envs.libero_tasks import Task, proprioception, turned
+from rlvla_envs.common import turned
+from rlvla_envs.libero_tasks import Task, proprioception
+from rlvla_envs.mujoco_drawing import cured
+from rlvla_envs.slots import Look
 
 if TYPE_CHECKING:
     from jaxtyping import Float, UInt8
@@ -33,14 +35,6 @@ PLACEMENT_SEED = 0
 
 MAX_DRAWS = 20
 """Of a placement in which objects overlap."""
-
-
-class Look(NamedTuple):
-    """What is to be seen after a step."""
-
-    images: tuple[UInt8[np.ndarray, "h w 3"], ...] | None
-    """In the order of `CAMERAS`; None where nothing was drawn."""
-    state: Float[np.ndarray, "8"]
 
 
 class Gate:
@@ -72,7 +66,7 @@ class World:
     """
 
     def __init__(self, task: Task, size: int) -> None:
-        with _quiet(), _cured():
+        with _quiet(), cured("LIBERO", "libero"):
             # Read when MuJoCo is imported. OSMesa draws without any device.
             os.environ.setdefault("MUJOCO_GL", "osmesa")
             from libero.libero import get_libero_path
@@ -123,6 +117,7 @@ class World:
         for gate in self.gates:
             gate.open = draw
         self.seen, _, success, _ = self._env.step(action)
+        # Every public LIBERO checkpoint was trained to see turned pictures.
         images = tuple(turned(self.seen[name]) for name in CAMERAS) if draw else None
         return bool(success), Look(images, self._state())
 
@@ -192,23 +187,3 @@ def _quiet() -> Iterator[None]:
     """The benchmark and robosuite print while they build."""
     with contextlib.redirect_stdout(io.StringIO()):
         yield
-
-
-@contextlib.contextmanager
-def _cured() -> Iterator[None]:
-    """What keeps a simulation from being built, as an error with its cure."""
-    try:
-        yield
-    except (ImportError, AttributeError, RuntimeError, OSError) as error:
-        # PyOpenGL ends with any of these where its library or its device is not there.
-        if re.search(r"mesa|\bgl[A-Z]|OPENGL|OpenGL|GL context|EGL|framebuffer", str(error)):
-            raise RuntimeError(
-                f"LIBERO cannot draw here: {error}. MUJOCO_GL is {os.environ.get('MUJOCO_GL')}; osmesa needs the "
-                "system's library libOSMesa (Debian, Ubuntu: apt-get install libosmesa6)."
-            ) from error
-        if isinstance(error, ImportError | FileNotFoundError):
-            raise RuntimeError(
-                f"LIBERO cannot start: {error}. `rlvla suites setup libero` installs it with its assets, or "
-                "repairs what is there."
-            ) from error
-        raise

@@ -30,6 +30,12 @@ SUITES = {
     "libero_object_pro": "rlvla_envs.libero:LiberoEnv",
     "libero_goal_pro": "rlvla_envs.libero:LiberoEnv",
     "libero_10_pro": "rlvla_envs.libero:LiberoEnv",
+    "metaworld_mt10": "rlvla_envs.metaworld:MetaWorldEnv",
+    "metaworld_mt50": "rlvla_envs.metaworld:MetaWorldEnv",
+    "metaworld_ml10_train": "rlvla_envs.metaworld:MetaWorldEnv",
+    "metaworld_ml10_test": "rlvla_envs.metaworld:MetaWorldEnv",
+    "metaworld_ml45_train": "rlvla_envs.metaworld:MetaWorldEnv",
+    "metaworld_ml45_test": "rlvla_envs.metaworld:MetaWorldEnv",
 }
 
 HELD_OUT = {
@@ -43,6 +49,8 @@ HELD_OUT = {
     "libero_object_pro",
     "libero_goal_pro",
     "libero_10_pro",
+    "metaworld_ml10_test",
+    "metaworld_ml45_test",
 }
 """Suites that are there to be measured on; nothing is trained on them."""
 

@@ -29,6 +29,12 @@ HOSTED = (
     "libero_tasks",
     "libero_world",
     "libero_experts",
+    "metaworld",
+    "metaworld_tasks",
+    "metaworld_world",
+    "metaworld_experts",
+    "mujoco_drawing",
+    "slots",
 )
 """Modules that other interpreters load, where jaxtyping may be absent."""
 

@@ -24,7 +24,7 @@ from rlvla_envs.base import (
     require_match,
 )
 from rlvla_envs.maniskill import INSTRUCTIONS
-from rlvla_envs.suites import SUITES, check_suite, make_env
+from rlvla_envs.suites import SUITES, NotReadyError, check_ready, check_suite, home_of, make_env
 
 H, LIMIT = 4, 42
 """Chunk size and step limit: the last chunk before the limit is cut to 2 steps."""
@@ -35,6 +35,7 @@ SMALL = {
     "maniskill": SuiteConfig(name="maniskill", task="PushCube-v1", options={"camera": CAMERA}),
     "simpler_env": SuiteConfig(name="simpler_env", task="eggplant_in_basket+stack_cube"),
     "simpler_env_ood": SuiteConfig(name="simpler_env_ood", task="stack_yellow+move_away"),
+    "metaworld_mt50": SuiteConfig(name="metaworld_mt50", task="handle-press-v3"),
 }
 SMALL = {name: replace(c, image_size=32, chunk_size=H, max_episode_steps=LIMIT) for name, c in SMALL.items()}
 
@@ -44,8 +45,9 @@ ABROAD = {"toy abroad": replace(SMALL["toy"], python=sys.executable)}
 RUN_ANYWHERE = {"toy", *ABROAD}
 """The others need a simulator."""
 
-ELSEWHERE = {name for name in SUITES if name.startswith("libero")}
-"""Suites whose experts need more steps than `LIMIT`, at 0.1 s each: their contract is in test_libero.py."""
+ELSEWHERE = {name for name in SUITES if name.startswith(("libero", "metaworld")) and name not in SMALL}
+"""Suites whose experts need more steps than `LIMIT`, at 0.1 s each: their contract is in test_libero.py. And suites
+with the class of one that is here."""
 
 Build = Callable[..., VecEnv]
 
@@ -65,6 +67,11 @@ def build(request: pytest.FixtureRequest) -> Iterator[Build]:
         pytest.fail(f"{request.param} is in SUITES and has no small configuration in SMALL; add one.")
     if request.param.startswith("simpler_env"):
         request.getfixturevalue("simpler_assets")
+    if home_of(small[request.param].name) is not None:
+        try:
+            check_ready(small[request.param])
+        except NotReadyError as error:
+            pytest.skip(f"{error} Run: {error.fix}")
     opened: list[VecEnv] = []
 
     def make(num_envs: int = 1, **changes: Any) -> VecEnv:

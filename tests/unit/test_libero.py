@@ -15,7 +15,8 @@ from rlvla.compose import compose, suite_files
 from rlvla.config import ConfigError, SuitesConfig
 from rlvla.suite_setup import set_up
 from rlvla.suites import run
-from rlvla_envs.base import FIRST_TRAINING_STATE, SuiteConfig
+from rlvla_envs.base import SuiteConfig
+from rlvla_envs.common import place_of
 from rlvla_envs.libero import ACTION, HOME, check_ready, memory_mb, outline
 from rlvla_envs.libero_names import NAMES
 from rlvla_envs.libero_tasks import (
@@ -28,9 +29,7 @@ from rlvla_envs.libero_tasks import (
     all_tasks,
     axis_angle,
     chosen_tasks,
-    place_of,
     proprioception,
-    turned,
     words_of,
 )
 from rlvla_envs.suite_home import STAMP, Home
@@ -68,13 +67,6 @@ def small_home(tmp_path: Path, empty_place: Path, monkeypatch: pytest.MonkeyPatc
 
 
 # --- pictures and states
-
-
-def test_a_picture_is_turned_and_not_mirrored() -> None:
-    picture = np.arange(12, dtype=np.uint8).reshape(2, 2, 3)
-    assert turned(picture).tolist() == [[[9, 10, 11], [6, 7, 8]], [[3, 4, 5], [0, 1, 2]]]
-    assert turned(picture).flags.c_contiguous
-    assert np.array_equal(turned(turned(picture)), picture)
 
 
 def test_the_rotation_vector_of_a_quarter_turn_about_z() -> None:
@@ -170,16 +162,8 @@ def test_a_task_that_is_not_there_is_refused(suite: str, choice: str, complaint:
 # --- initial states
 
 
-def test_stored_states_count_task_after_task() -> None:
-    assert [place_of(10, state) for state in (0, 49, 50, 499)] == [(0, 0), (0, 49), (1, 0), (9, 49)]
-    assert place_of(10, FIRST_TRAINING_STATE + 7) == (7, None)
-    for state in (-1, 500, FIRST_TRAINING_STATE - 1):
-        with pytest.raises(ValueError, match=r"neither an evaluation state \(0 to 499\) nor a training state"):
-            place_of(10, state)
-
-
 def test_every_stored_state_of_a_suite_is_visited_once() -> None:
-    visited = [place_of(90, state) for state in range(4500)]
+    visited = [place_of(90, STATES_PER_TASK, state) for state in range(4500)]
     assert len(set(visited)) == 4500
     assert {index for _, index in visited} == set(range(STATES_PER_TASK))
     assert outline(SuiteConfig(name="libero_90", task="all", num_evaluation_states=4500)) == dict.fromkeys(
@@ -335,7 +319,7 @@ def test_the_status_says_where_the_environment_would_be(empty_place: Path) -> No
         "status": "not set up",
         "installed": None,
     }
-    assert set(homes()) == {"libero"}
+    assert "libero" in homes()
 
 
 def test_an_environments_name_lists_all_its_suites(empty_place: Path) -> None:

@@ -1,10 +1,10 @@
-"""LIBERO's speed: both cameras drawn once a chunk, against after every action as the benchmark draws them.
+"""Speed of LIBERO and Meta-World: cameras drawn once a chunk, against after every action as the benchmark draws them.
 
-    .venv/bin/python scripts/bench_libero.py [--suite libero_object] [--task 0] [--chunk 8] [--size 256] [--rounds 4]
+    .venv/bin/python scripts/bench_drawing.py [--suite libero_object] [--task 0] [--chunk 8] [--size 256] [--rounds 4]
 
 One simulation each, in turns in one run, so that whatever else the machine does hits both. Both play the same random
-actions from the same state, and every frame that both show is compared to the bit. Writes docs/benchmarks/libero.md;
-the last line is JSON, where ``ratio`` is steps per second of the first loop over the second.
+actions from the same state, and every frame that both show is compared to the bit. Writes a page where --page names one
+(docs/benchmarks/libero.md). The last line is JSON; ``ratio`` is steps per second of the first loop over the second.
 """
 
 import argparse
@@ -27,7 +27,6 @@ from rlvla_envs.base import ChunkResult, SuiteConfig, VecEnv  # noqa: E402
 from rlvla_envs.foreign import ForeignEnv  # noqa: E402
 from rlvla_envs.suites import make_env, suite_version  # noqa: E402
 
-PAGE = Path(__file__).resolve().parents[1] / "docs/benchmarks/libero.md"
 LOOPS = {"boundary": "once a chunk", "every_step": "every step"}
 
 
@@ -53,7 +52,7 @@ def main() -> None:
     parser.add_argument("--size", type=int, default=256, help="pixels")
     parser.add_argument("--rounds", type=int, default=4, help="of --chunks chunks in each loop, after one to warm up")
     parser.add_argument("--chunks", type=int, default=5)
-    parser.add_argument("--no-page", action="store_true", help="print only")
+    parser.add_argument("--page", type=Path, help="a Markdown file to write")
     arguments = parser.parse_args()
 
     words = [f"suite={arguments.suite}", f"suite.task={arguments.task}", f"suite.chunk_size={arguments.chunk}"]
@@ -67,7 +66,8 @@ def main() -> None:
     wall, cpu = dict.fromkeys(LOOPS, 0.0), dict.fromkeys(LOOPS, 0.0)
     compared = equal = 0
     for repeat in range(-1, arguments.rounds):
-        actions = np.random.default_rng(repeat + 1).uniform(-0.5, 0.5, (arguments.chunks, 1, arguments.chunk, 7))
+        shape = (arguments.chunks, 1, arguments.chunk, worlds["boundary"].spec.action_size)
+        actions = np.random.default_rng(repeat + 1).uniform(-0.5, 0.5, shape)
         results: dict[str, list[ChunkResult]] = {}
         for loop, world in worlds.items():
             began, began_cpu = time.perf_counter(), cpu_seconds(world)
@@ -78,6 +78,7 @@ def main() -> None:
         pairs = list(zip(results["boundary"], results["every_step"], strict=True))
         compared += len(pairs)
         equal += sum(same(*pair) for pair in pairs)
+    cameras = len(worlds["boundary"].spec.cameras)
     for world in worlds.values():
         world.close()
 
@@ -95,28 +96,29 @@ def main() -> None:
         "load": round(load, 2),
         "ratio": round(ratio, 2),
         "ratio_per_cpu_s": round(per_core["boundary"] / per_core["every_step"], 2),
-        "frames_compared": 2 * compared,
+        "frames_compared": cameras * compared,
         "frames_equal": compared == equal,
         **{f"{loop}_steps_per_s": round(value, 2) for loop, value in rate.items()},
         **{f"{loop}_steps_per_cpu_s": round(value, 2) for loop, value in per_core.items()},
     }
     rows = [f"| {label} | {rate[loop]:.1f} | {per_core[loop]:.1f} |" for loop, label in LOOPS.items()]
-    table = "\n".join(["| both cameras drawn | steps/s | steps per CPU second |", "| --- | --- | --- |", *rows])
+    table = "\n".join(["| cameras drawn | steps/s | steps per CPU second |", "| --- | --- | --- |", *rows])
     said = ", ".join(f"{name} {version}" for name, version in suite_version(config).items() if name != "suite")
     summary = (
         f"{table}\n\n{ratio:.2f} times as fast; {found['ratio_per_cpu_s']:.2f} times by CPU time. "
-        f"{equal} of {compared} chunk boundaries show the same two frames and the same state, to the bit."
+        f"{equal} of {compared} chunk boundaries show the same frames and the same state, to the bit."
     )
     print(summary)
-    if not arguments.no_page:
-        command = " ".join(["scripts/bench_libero.py", *sys.argv[1:]])
-        PAGE.write_text(
-            "# Measured: LIBERO, drawn where the policy looks\n\n<!-- Written by scripts/bench_libero.py. -->\n\n"
-            f"{arguments.suite}, task {arguments.task}, two cameras of {arguments.size} pixels, chunks of "
+    if arguments.page:
+        command = " ".join(["scripts/bench_drawing.py", *sys.argv[1:]])
+        arguments.page.write_text(
+            f"# Measured: {arguments.suite}, drawn where the policy looks\n\n"
+            "<!-- Written by scripts/bench_drawing.py. -->\n\n"
+            f"{arguments.suite}, task {arguments.task}, {cameras} cameras of {arguments.size} pixels, chunks of "
             f"{arguments.chunk}, {steps} steps in each loop, in turns in one run of\n\n```\n{command}\n```\n\n"
             f"on {versions()['cpu']}, load {load:.1f} (other jobs shared them), "
             f"{datetime.now(UTC):%Y-%m-%d}; {said}, OSMesa.\n\n{summary}\n\n"
-            "Random actions of half the range from stored state 0; resets are not counted. "
+            "Random actions of half the range from evaluation state 0; resets are not counted. "
             "[Why a camera is gated and not switched off](../adr/0033-libero.md).\n"
         )
     print(json.dumps(found))
