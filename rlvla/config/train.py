@@ -100,7 +100,7 @@ class TrainConfig:
     """Weight of each task by name, instead of task_mix; tasks left out are not trained on."""
     inference_batch: int = 16
     """Rows the policy is run on at once while acting; padded, so that a row's result never depends on how many others
-    there are. With 2 or 3 the last bits have been seen to depend on a row's place; 1, and 4 and more, keep the promise."""
+    there are. With 2 or 3 the last bits have been seen to depend on a row's place; 1 and from 4 on they do not."""
     save_every: int = 1
     """Iterations between checkpoints. A run that was stopped goes on from the newest one, so this is what a crash can
     cost; a large model takes some seconds to write."""
