@@ -14,19 +14,15 @@ import sys
 import time
 from typing import Any
 
-import numpy as np
 import torch
 from tensordict import TensorDict
+from untrained import untrained_policy
 
 from rlvla.acting import Actor
 from rlvla.compose import compose
 from rlvla.config import AlgoConfig
 from rlvla.learner import Learner
-from rlvla.policies.action_stats import ActionStats
-from rlvla.policies.architectures import architecture
 from rlvla.policies.base import ValueHead
-from rlvla.policies.processor import train_tokenizer
-from rlvla.policies.prompted import prompts_for_tokenizer
 from rlvla.rollout import collect
 from rlvla.run import versions
 from rlvla.samplers import training_sampler
@@ -48,7 +44,7 @@ def main() -> None:
     algo = AlgoConfig(
         epochs=arguments.epochs, target_kl=10.0, critic_only_iterations=0, min_successes=0, minibatch_size=64
     )
-    policy = build(arguments.policy, envs)
+    policy = untrained_policy(envs.spec, ["suite=toy", f"policy={arguments.policy}"], "reach the green goal")
     found = {
         kind: learn(policy, algo, envs, arguments.episodes, store_context=kind == "stored")
         for kind in ("stored", "encoded_again")
@@ -76,22 +72,6 @@ def main() -> None:
 
 def largest_difference(ours: list[torch.Tensor], theirs: list[Any]) -> float:
     return max(float((a - b).detach().abs().max()) for a, b in zip(ours, theirs, strict=True))
-
-
-def build(name: str, envs: Envs) -> Any:
-    """An untrained policy. Its last layer starts at zero; drawn instead, it sees what it is shown."""
-    config = compose("sft", ["dataset=none", "suite=toy", f"policy={name}"]).policy
-    spec, rng = envs.spec, np.random.default_rng(0)
-    tokenizer = train_tokenizer(prompts_for_tokenizer(spec, ["reach the green goal"]), config.vlm.vocab_size)
-    stats = ActionStats.of(rng.uniform(-1, 1, (200, spec.action_size)), rng.normal(size=(200, spec.state_size)))
-    torch.manual_seed(0)
-    policy = architecture(config.name).policy(config, spec, stats, tokenizer)
-    policy.initialize()
-    with torch.no_grad():
-        for parameter in policy.parameters():
-            if not parameter.any():
-                parameter.normal_(std=0.05)
-    return policy
 
 
 def learn(start: Any, algo: AlgoConfig, envs: Envs, episodes: int, *, store_context: bool) -> dict[str, Any]:

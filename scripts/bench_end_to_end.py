@@ -16,20 +16,16 @@ import sys
 import time
 from typing import Any
 
-import numpy as np
 import torch
 from tensordict import TensorDict
+from untrained import untrained_policy
 
 from rlvla.acting import Actor
 from rlvla.clock import INFER, PHYSICS, RENDER, SIMULATORS, Clock
 from rlvla.compose import compose
 from rlvla.config import TrainConfig
 from rlvla.learner import Learner
-from rlvla.policies.action_stats import ActionStats
-from rlvla.policies.architectures import architecture
 from rlvla.policies.base import ValueHead
-from rlvla.policies.processor import train_tokenizer
-from rlvla.policies.prompted import prompts_for_tokenizer
 from rlvla.rollout import collect
 from rlvla.run import versions
 from rlvla.samplers import training_sampler
@@ -85,7 +81,7 @@ def main() -> None:
         for kind in KINDS:
             # Built anew: two pools at once would share the cores.
             envs = open_envs(configs[kind].suite, configs[kind].workers, configs[kind].cluster)
-            policy = policy or build(envs)
+            policy = policy or untrained_policy(envs.spec, ["suite=push_cube"], "push the blue cube")
             one = iterate(copy.deepcopy(policy), configs[kind], envs, arguments.episodes, naive=kind == "naive")
             envs.close()
             print(
@@ -115,22 +111,6 @@ def main() -> None:
 def parts(ones: list[dict[str, Any]]) -> dict[str, float]:
     """Median seconds of each part."""
     return {name: round(statistics.median(one["parts"].get(name, 0.0) for one in ones), 2) for name in ones[0]["parts"]}
-
-
-def build(envs: Envs) -> Any:
-    """The policy of `make train`, untrained. Its last layer starts at zero; drawn instead, it moves."""
-    config = compose("sft", ["dataset=none", "suite=push_cube"]).policy
-    spec, rng = envs.spec, np.random.default_rng(0)
-    tokenizer = train_tokenizer(prompts_for_tokenizer(spec, ["push the blue cube"], config), config.vlm.vocab_size)
-    stats = ActionStats.of(rng.uniform(-1, 1, (200, spec.action_size)), rng.normal(size=(200, spec.state_size)))
-    torch.manual_seed(0)
-    policy = architecture(config.name).policy(config, spec, stats, tokenizer)
-    policy.initialize()
-    with torch.no_grad():
-        for parameter in policy.parameters():
-            if not parameter.any():
-                parameter.normal_(std=0.05)
-    return policy
 
 
 def iterate(policy: Any, config: TrainConfig, envs: Envs, episodes: int, *, naive: bool) -> dict[str, Any]:
