@@ -12,6 +12,7 @@ import numpy as np
 from torch import nn
 
 from rlvla.acting import Actor
+from rlvla.clock import Clock
 from rlvla.config import EvalConfig, EvaluateConfig
 from rlvla.policies.folder import load_policy
 from rlvla.report import write_report
@@ -109,6 +110,7 @@ def evaluate(
     log: TrialLog | None = None,
     on_episodes: Callable[[int], None] = lambda _: None,
     keep_frames: bool = True,
+    clock: Clock | None = None,
 ) -> tuple[Evaluation, Frames]:
     """Integrate the ODE from keyed noise on the held-back states of each task.
 
@@ -120,6 +122,7 @@ def evaluate(
             donor (`image_donors`) saw at the same decision: the shuffled-image probe.
         log: episodes it holds are not played again; every other one is added as it ends.
         keep_frames: False returns none; a suite of many tasks sees gigabytes of them.
+        clock: see `rlvla.rollout.play`.
 
     Returns:
         The measurement, and the frames that the episodes played now saw with the first noise seed.
@@ -139,7 +142,7 @@ def evaluate(
 
     donors = None if shown is None else image_donors(tasks)
     kept = seen if keep_frames else None
-    play_trials(actor, envs, config, trials, missing, keep, seen=kept, shown=shown, donors=donors)
+    play_trials(actor, envs, config, trials, missing, keep, seen=kept, shown=shown, donors=donors, clock=clock)
 
     ended = [outcomes[episode] for episode in range(len(trials))]
     success = [outcome.success for outcome in ended]
@@ -187,6 +190,7 @@ def play_trials(
     seen: Frames | None,
     shown: Frames | None = None,
     donors: Sequence[int] | None = None,
+    clock: Clock | None = None,
 ) -> None:
     """Play the ``chosen`` ones of ``trials`` and tell ``ended`` of each; ``seen`` takes the frames of the first noise
     seed."""
@@ -208,7 +212,7 @@ def play_trials(
         return actor.decide(observation, rngs, temperature=config.temperature).decision.action
 
     lost: list[int] = []
-    for turn in play(envs, [trials[e].state for e in chosen], decide):
+    for turn in play(envs, [trials[e].state for e in chosen], decide, clock=clock):
         for row, blamed in turn.lost.items():
             e = int(number[row])
             if blamed:

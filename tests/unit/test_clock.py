@@ -2,6 +2,7 @@
 
 import json
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -9,9 +10,13 @@ import numpy as np
 import pytest
 import torch
 
+from rlvla.acting import Actor
 from rlvla.clock import INFER, PHYSICS, RENDER, SIMULATORS, Clock, memory_row, traced
 from rlvla.compose import compose
+from rlvla.config import EvalConfig
+from rlvla.evaluate import evaluate
 from rlvla.hosts import SimulatorHost, Stopwatch
+from rlvla.policies.policy import Policy
 from rlvla.rollout import play
 from rlvla.workers import LocalEnvs
 from rlvla_envs.base import Observation, SuiteConfig
@@ -80,6 +85,17 @@ def test_the_parts_of_a_rollout_are_what_was_slow(slow: LocalEnvs) -> None:
     assert clock.seconds[SIMULATORS] >= clock.seconds[PHYSICS] + clock.seconds[RENDER]
     assert clock.seconds[INFER] >= 0.01 * rounds
     assert clock.seconds[INFER] + clock.seconds[SIMULATORS] <= took
+
+
+def test_an_evaluation_tells_the_clock_what_deciding_and_simulating_took(
+    slow: LocalEnvs, make_policy: Callable[..., Policy]
+) -> None:
+    actor = Actor(make_policy("pi0_toy", slow.spec), block=2, device="cpu")
+    clock = Clock()
+    evaluate(actor, slow, EvalConfig(trials=2), name="x", clock=clock)
+    assert clock.seconds[RENDER] >= 0.005
+    assert clock.seconds[INFER] > 0
+    assert clock.seconds[SIMULATORS] >= clock.seconds[PHYSICS]
 
 
 def test_a_simulator_process_says_what_a_round_cost(monkeypatch: pytest.MonkeyPatch) -> None:
