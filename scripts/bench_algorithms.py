@@ -106,9 +106,9 @@ def page(found: dict[str, dict[int, dict[str, Any]]], seeds: list[int]) -> str:
 All begin with the same SFT checkpoint ({EPISODES} demonstrations), play 12 iterations of 192 training episodes and are
 measured on 200 held-back initial states before and after, at temperature 1.0. The change is over all seeds together with
 its 95% interval, p is McNemar's exact one. The policy is pi0's architecture, because it is the cheapest here. Nothing was
-tuned for any row: the settings are those that were found for the default with Qwen-VLA, which favours the default. Minutes are wall-clock with other jobs on the machine. Which words do what:
-[Algorithms](../algorithms.md).
-
+tuned for any row: the settings are those that were found for the default with Qwen-VLA, which favours the default. Minutes
+are wall-clock with other jobs on the machine. Which words do what: [Algorithms](../algorithms.md).
+{missing(found)}
 | | changed | seeds | before -> after | points | p | environment steps | minutes |
 |---|---|---|---|---|---|---|---|
 {chr(10).join(rows)}
@@ -120,6 +120,18 @@ tuned for any row: the settings are those that were found for the default with Q
 * SFT: `{" ".join(SFT)} policy=pi0_toy`.
 * The default: `{" ".join(TRAIN)}`.
 """  # noqa: E501 - lines of the page
+
+
+def missing(found: dict[str, dict[int, dict[str, Any]]]) -> str:
+    """What a reader must know of a table that is not complete; empty where it is."""
+    without = [name for name in VARIANTS if name not in found]
+    fewest = min((len(of) for of in found.values()), default=0)
+    said = []
+    if fewest < 5:
+        said.append(f"Rows have as few as {fewest} of 5 seeds: differences between neighbours mean nothing yet.")
+    if without:
+        said.append(f"Not run: {', '.join(without)}.")
+    return f"\n**Unfinished.** {' '.join(said)}\n" if said else ""
 
 
 def figure(found: dict[str, dict[int, dict[str, Any]]]) -> str:
