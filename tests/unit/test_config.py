@@ -48,6 +48,7 @@ REQUIRED = {
     "doctor": [],
     "import": ["format=lerobot", "checkpoint=c", "output=o"],
     "export": ["policy=p", "output=o"],
+    "serve": ["policy=p"],
 }
 """What each verb cannot do without."""
 OBVIOUS = {"seed", "device", "task", "name", "weight_decay", "max_grad_norm", "warmup_steps", "beta_beta"}
