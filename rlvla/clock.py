@@ -9,6 +9,8 @@ from pathlib import Path
 import torch
 from torch.profiler import record_function
 
+from rlvla.config import TrainConfig
+
 INFER, SIMULATORS, PHYSICS, RENDER = "infer", "simulators", "physics", "render"
 """The driver deciding; the driver waiting for simulators; and what those did meanwhile, added up over them."""
 
@@ -32,6 +34,16 @@ class Clock:
     def add(self, name: str, seconds: float) -> None:
         self.seconds[name] = self.seconds.get(name, 0.0) + seconds
 
+    def row(self) -> dict[str, float]:
+        """What a rollout's time went into, as metrics.jsonl has it."""
+        spent = {name: self.seconds.get(name, 0.0) for name in (INFER, SIMULATORS, PHYSICS, RENDER)}
+        return {
+            "time/infer_s": spent[INFER],
+            "time/simulators_s": spent[SIMULATORS],
+            "time/physics_s": spent[PHYSICS],
+            "time/render_s": spent[RENDER],
+        }
+
 
 @contextmanager
 def traced(path: Path | None) -> Iterator[None]:
@@ -50,6 +62,13 @@ def traced(path: Path | None) -> Iterator[None]:
     part = path.with_name(f".{path.name}")
     profiler.export_chrome_trace(str(part))
     part.rename(path)
+
+
+def trace_of(config: TrainConfig, folder: Path, iteration: int, first: int) -> Path | None:
+    """Where the trace of this iteration goes: of the second one that this process makes, which has nothing left to warm
+    up, or the only one."""
+    chosen = min(first + 1, config.iterations - 1)
+    return folder / "trace.json" if config.profile and iteration == chosen else None
 
 
 def memory_row(device: str) -> dict[str, float]:

@@ -2,12 +2,14 @@
 made those, and go on more slowly (docs/algorithms.md#the-safeguard)."""
 
 import math
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from rlvla.checkpoints import Checkpoints, verify
+from rlvla.checkpoints import Checkpoints, TrainState, verify
 from rlvla.config import SafeguardConfig
+from rlvla.run import Run
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -51,6 +53,50 @@ def look(watch: Watch, config: SafeguardConfig, iteration: int, success: float, 
     if not watch.episodes or successes / episodes >= watch.successes / watch.episodes:
         watch = replace(watch, best=iteration, successes=successes, episodes=episodes)
     return watch, False
+
+
+def guard(
+    config: SafeguardConfig,
+    row: Mapping[str, Any],
+    state: TrainState,
+    checkpoints: Checkpoints,
+    record: Run,
+    go_back: Callable[[Path, float], None],
+) -> dict[str, float] | None:
+    """What is remembered after an iteration; None without a safeguard. When it finds a collapse the best weights take
+    the place of those that the update has made of the collapsed ones.
+
+    Args:
+        row: of the iteration, as metrics.jsonl has it.
+        go_back: has all ranks go on from a checkpoint, with a factor on learning rates and KL target.
+    """
+    if not config.enabled:
+        return None
+    before = watch_of(state.watch)
+    rate, episodes, iteration = row["rollout/success"], row["rollout/episodes"], row["iteration"]
+    if not episodes:
+        # All were lost with their simulators.
+        return asdict(before)
+    watch, collapsed = look(before, config, iteration, rate, episodes)
+    below = f"rollouts succeed in {rate:.0%}, those of iteration {watch.best} in {watch.successes / watch.episodes:.0%}"
+    if collapsed:
+        folder = best_checkpoint(checkpoints, watch)
+        if folder is None:
+            record.alarm(f"iteration {iteration}", f"{below}, and the checkpoint to go back to is gone or damaged")
+            return asdict(before)
+        go_back(folder, watch.caution)
+        record.alarm(
+            f"iteration {iteration}",
+            f"collapse: {below}. Went back to {folder.name}; learning rates and KL target are {watch.caution:g} times "
+            f"what they were (return {watch.returns} of at most {config.max_returns})",
+        )
+    elif (
+        watch.returns == config.max_returns
+        and watch == before
+        and significantly_below(round(rate * episodes), episodes, watch.successes, watch.episodes, config.confidence)
+    ):
+        record.alarm(f"iteration {iteration}", f"{below}, and safeguard.max_returns is used up; the run goes on")
+    return asdict(watch)
 
 
 def best_checkpoint(checkpoints: Checkpoints, watch: Watch) -> Path | None:

@@ -1,8 +1,7 @@
 """`rlvla train`: PPO on a policy. Collect whole episodes, estimate advantages, update, repeat."""
 
 import os
-from collections import defaultdict
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -12,12 +11,13 @@ from tensordict import TensorDict
 
 from rlvla.acting import Actor
 from rlvla.checkpoints import Checkpoints, TrainState
-from rlvla.clock import INFER, PHYSICS, RENDER, SIMULATORS, Clock, memory_row, traced
+from rlvla.clock import Clock, memory_row, trace_of, traced
 from rlvla.config import AlgoConfig, Discount, Schedule, TrainConfig, WorkersConfig
 from rlvla.cotraining import load_cotraining
 from rlvla.critic import make_value_head
 from rlvla.evaluate import Evaluation, compare, evaluate, measure
 from rlvla.forward_sampler import objective_sampler
+from rlvla.iteration_row import describe, describe_incidents, describe_tasks, sde_gap, sound_alarms
 from rlvla.judging import judge, repeat_states
 from rlvla.learner import Learner
 from rlvla.mixing import check_weights, task_weights, training_states
@@ -33,7 +33,7 @@ from rlvla.reasoning import load_reasoning_teacher
 from rlvla.recovery import Incident
 from rlvla.report import write_report
 from rlvla.run import Run, check_output, pick_device
-from rlvla.safeguard import Watch, best_checkpoint, look, significantly_below, watch_of
+from rlvla.safeguard import Watch, guard
 from rlvla.samplers import Sampler, training_sampler
 from rlvla.seeding import seed_torch
 from rlvla.teachers import add_teacher_weight, check_teacher_weights, load_teacher
@@ -41,11 +41,7 @@ from rlvla.trials import weights_digest
 from rlvla.workers import Envs, open_envs
 from rlvla_algos.gae import generalized_advantage_estimate
 from rlvla_algos.ppo import normalize_advantage
-from rlvla_envs.base import EnvSpec, require_match
-
-MAX_SDE_GAP = 0.25
-"""Success of rollouts minus success of an evaluation of the same weights."""
-MAX_CLIP_FRACTION = 0.5
+from rlvla_envs.base import require_match
 
 
 @dataclass(frozen=True)
@@ -140,6 +136,10 @@ def lead(config: TrainConfig, group: Group, losses: Sequence[str] = ()) -> dict[
                 torch.save(learner.state_dict(), folder / "learner.pt")
                 collector.save(folder)
 
+            def go_back(folder: Path, caution: float) -> None:
+                group.broadcast(["return", str(folder), caution])
+                return_to(side, folder, caution)
+
             saving = Clock()
 
             def save(state: TrainState) -> None:
@@ -210,7 +210,7 @@ def lead(config: TrainConfig, group: Group, losses: Sequence[str] = ()) -> dict[
                     **({"optim/caution": learner.caution} if config.safeguard.enabled else {}),
                     "time/rollout_s": 60 * (collected - started),
                     "time/update_s": 60 * (record.minutes() - collected),
-                    **describe_clock(collector.clock),
+                    **collector.clock.row(),
                     "time/save_s": saving.seconds.pop("save", 0.0),
                     **memory_row(actor.device),
                 }
@@ -225,7 +225,7 @@ def lead(config: TrainConfig, group: Group, losses: Sequence[str] = ()) -> dict[
                 record.log(row)
                 record.progress.iteration(row)
                 sound_alarms(record, row, config.algo, side.sampler.exploration(config.algo))
-                watch = guard(row, state, side, checkpoints, record)
+                watch = guard(config.safeguard, row, state, checkpoints, record, go_back)
                 for incident in incidents:
                     record.restart(f"iteration {iteration}", incident)
                 measured: Evaluation | None = None
@@ -279,64 +279,10 @@ def lead(config: TrainConfig, group: Group, losses: Sequence[str] = ()) -> dict[
         envs.close()
 
 
-def guard(
-    row: Mapping[str, Any], state: TrainState, side: Side, checkpoints: Checkpoints, record: Run
-) -> dict[str, float] | None:
-    """What the safeguard remembers after an iteration; None without one. When it finds a collapse it has all ranks go
-    back to the best weights, in the place of those that the update has made of the collapsed ones."""
-    config = side.config.safeguard
-    if not config.enabled:
-        return None
-    before = watch_of(state.watch)
-    rate, episodes, iteration = row["rollout/success"], row["rollout/episodes"], row["iteration"]
-    if not episodes:
-        # All were lost with their simulators.
-        return asdict(before)
-    watch, collapsed = look(before, config, iteration, rate, episodes)
-    below = f"rollouts succeed in {rate:.0%}, those of iteration {watch.best} in {watch.successes / watch.episodes:.0%}"
-    if collapsed:
-        folder = best_checkpoint(checkpoints, watch)
-        if folder is None:
-            record.alarm(f"iteration {iteration}", f"{below}, and the checkpoint to go back to is gone or damaged")
-            return asdict(before)
-        side.group.broadcast(["return", str(folder), watch.caution])
-        return_to(side, folder, watch.caution)
-        record.alarm(
-            f"iteration {iteration}",
-            f"collapse: {below}. Went back to {folder.name}; learning rates and KL target are {watch.caution:g} times "
-            f"what they were (return {watch.returns} of at most {config.max_returns})",
-        )
-    elif (
-        watch.returns == config.max_returns
-        and watch == before
-        and significantly_below(round(rate * episodes), episodes, watch.successes, watch.episodes, config.confidence)
-    ):
-        record.alarm(f"iteration {iteration}", f"{below}, and safeguard.max_returns is used up; the run goes on")
-    return asdict(watch)
-
-
 def return_to(side: Side, folder: Path, caution: float) -> None:
     """Go back to a checkpoint's weights and optimizers, and on more slowly than it did."""
     load_checkpoint(side, folder)
     side.learner.caution = caution
-
-
-def trace_of(config: TrainConfig, folder: Path, iteration: int, first: int) -> Path | None:
-    """Where the trace of this iteration goes: of the second one that this process makes, which has nothing left to warm
-    up, or the only one."""
-    chosen = min(first + 1, config.iterations - 1)
-    return folder / "trace.json" if config.profile and iteration == chosen else None
-
-
-def describe_clock(clock: Clock) -> dict[str, float]:
-    """What a rollout's time went into."""
-    spent = defaultdict(float, clock.seconds)
-    return {
-        "time/infer_s": spent[INFER],
-        "time/simulators_s": spent[SIMULATORS],
-        "time/physics_s": spent[PHYSICS],
-        "time/render_s": spent[RENDER],
-    }
 
 
 def limit_reached(config: TrainConfig, minutes: float, env_steps: int) -> str:
@@ -479,77 +425,3 @@ def add_advantages(rollout: TensorDict, algo: AlgoConfig, group: Group = ALONE) 
         advantage = normalize_advantage(advantage, rollout["valid"], group.moments)
     rollout["advantage"] = advantage
     return {}
-
-
-def describe(rollout: TensorDict) -> dict[str, float]:
-    """What happened in the simulators."""
-    steps = rollout["next", "executed_steps"]
-    success = rollout["next", "success"].any(dim=1)
-    return {
-        "rollout/success": float(success.float().mean()),
-        "rollout/episodes": len(rollout),
-        "rollout/decisions": int(rollout["valid"].sum()),
-        "rollout/env_steps": int(steps.sum()),
-        "rollout/mean_executed_steps": float(steps[rollout["valid"]].float().mean()),
-    }
-
-
-def describe_incidents(incidents: Sequence[Incident]) -> dict[str, float]:
-    """Simulators that were replaced."""
-    return {
-        "env/restarts": len(incidents),
-        "env/replayed_chunks": sum(incident.replayed_chunks for incident in incidents),
-        "env/lost_episodes": sum(incident.lost_episodes for incident in incidents),
-        "time/recovery_s": sum(incident.recovery_s for incident in incidents),
-    }
-
-
-def describe_tasks(rollout: TensorDict, spec: EnvSpec) -> dict[str, float]:
-    """Success and episodes of each task, where a suite mixes several."""
-    if len(spec.task_names()) == 1:
-        return {}
-    success = rollout["next", "success"].any(dim=1).cpu()
-    task = torch.tensor([spec.task_of(int(state)) for state in rollout["initial_state"][:, 0]])
-    row: dict[str, float] = {}
-    for i, name in enumerate(spec.task_names()):
-        row[f"rollout/episodes/{name}"] = int((task == i).sum())
-        if bool((task == i).any()):
-            row[f"rollout/success/{name}"] = float(success[task == i].float().mean())
-    return row
-
-
-def sde_gap(row: Mapping[str, Any], evaluation: Evaluation) -> float:
-    """Success of the rollout minus that of the evaluation, averaged over the tasks that both have."""
-    gaps = [
-        row.get(f"rollout/success/{name}", row["rollout/success"]) - rate["success"]
-        for name, rate in evaluation.by_task.items()
-        if len(evaluation.by_task) == 1 or f"rollout/success/{name}" in row
-    ]
-    return float(sum(gaps) / len(gaps))
-
-
-def sound_alarms(record: Run, row: dict[str, Any], algo: AlgoConfig, exploration: str) -> None:
-    """Say what a person would want to know before the run is over. Thresholds: docs/metrics.md."""
-    iteration = row["iteration"]
-
-    def alarm(message: str) -> None:
-        record.alarm(f"iteration {iteration}", message)
-
-    gap = row.get("rollout/sde_gap", 0.0)
-    if abs(gap) > MAX_SDE_GAP:
-        alarm(
-            f"with the rollout's noise the same weights succeed {100 * gap:+.0f} points from their evaluation; "
-            f"what PPO improves is not what is measured. Change {exploration}"
-        )
-    if row["ppo/critic_only"]:
-        if not algo.has_critic:
-            alarm("too few successes or failures, or no group that has both; the policy was left alone")
-        elif iteration >= algo.critic_only_iterations:
-            alarm("too few successes or failures; trained the critic only")
-        return
-    if row["ppo/kl"] > 4 * row["ppo/target_kl"]:
-        alarm(f"KL {row['ppo/kl']:.3g} is over 4x its target of {row['ppo/target_kl']:.3g}")
-    if row.get("ppo/clip_fraction", 0.0) > MAX_CLIP_FRACTION:
-        alarm(f"{row['ppo/clip_fraction']:.0%} of the ratios are clipped; most of the update is cut off")
-    if row.get("value/explained_variance", 0.0) < 0 and iteration >= 5:
-        alarm("explained variance is negative; the critic misleads")

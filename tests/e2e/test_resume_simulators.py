@@ -50,9 +50,9 @@ def test_an_enumerated_evaluation_killed_half_way_visits_the_other_configuration
     played = [states[json.loads(line)["episode"]] for line in whole_lines]
     visited: list[int] = []
 
-    def watched(envs: Any, initial_states: list[int], decide: Any) -> Any:
+    def watched(envs: Any, initial_states: list[int], decide: Any, **options: Any) -> Any:
         visited.extend(initial_states)
-        return play(envs, initial_states, decide)
+        return play(envs, initial_states, decide, **options)
 
     monkeypatch.setattr(evaluate, "play", watched)
     # Resumed with simulators spread over two actors.

@@ -6,9 +6,9 @@ from typing import Any
 import pytest
 
 from rlvla.config import AlgoConfig
+from rlvla.iteration_row import sound_alarms
 from rlvla.run import Run
 from rlvla.run_folder import read_run
-from rlvla.train import sound_alarms
 
 HEALTHY = {
     "kind": "iteration",

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from rlvla.acting import Actor
-from rlvla.clock import INFER, PHYSICS, RENDER, SIMULATORS, Clock, memory_row, traced
+from rlvla.clock import INFER, PHYSICS, RENDER, SIMULATORS, Clock, memory_row, trace_of, traced
 from rlvla.compose import compose
 from rlvla.config import EvalConfig
 from rlvla.evaluate import evaluate
@@ -136,8 +136,6 @@ def test_memory_is_in_megabytes() -> None:
 
 
 def test_the_second_iteration_of_a_process_is_traced() -> None:
-    from rlvla.train import trace_of
-
     folder = Path("run")
     config = compose("train", ["policy=x", "profile=true", "iterations=5"])
     assert [trace_of(config, folder, i, 0) is not None for i in range(5)] == [False, True, False, False, False]

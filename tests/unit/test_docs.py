@@ -30,7 +30,19 @@ SOURCES = [p for d in ("rlvla", "algos", "envs", "configs", "scripts") for p in 
 METRICS = ROOT / "docs/metrics.md"
 LOGGING = [
     ROOT / "rlvla" / f"{name}.py"
-    for name in ("train", "clock", "learner", "judging", "reasoning", "samplers", "sft", "run", "evaluate", "collect")
+    for name in (
+        "train",
+        "iteration_row",
+        "clock",
+        "learner",
+        "judging",
+        "reasoning",
+        "samplers",
+        "sft",
+        "run",
+        "evaluate",
+        "collect",
+    )
 ]
 
 FENCE = re.compile(r"^```(\w*)\n(.*?)^```", re.MULTILINE | re.DOTALL)
