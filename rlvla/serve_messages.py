@@ -5,7 +5,7 @@ Which of the two a client is, each message shows: starVLA's has a type, a payloa
 a `MessageError` whose text goes to the client, and the connection stays open.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping, Sequence, Set
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -156,16 +156,14 @@ class Layout:
         found = _flat(message)
         known = {*self.observation(), NOISE_KEY}
         needed = [key for key in self.observation() if key != self.prompt_key or self.instruction is None]
-        missing = [key for key in needed if key not in found]
-        unknown = [key for key in found if key not in known | self.ignore]
-        if missing or unknown:
-            said = [f"it lacks {_list(missing)}"] if missing else []
-            said += [f"it has {_list(unknown)}, which this policy has no use for"] if unknown else []
-            raise MessageError(
-                f"the observation does not fit: {' and '.join(said)}. {self._reads()} Send these keys, or start the "
-                "server with the client's: cameras.CAMERA=KEY, state=KEY, prompt=KEY, and ignore=[KEY] for what is "
-                "sent in vain."
-            )
+        _check_keys(
+            "the observation",
+            found,
+            needed=needed,
+            known=known | self.ignore,
+            cure=f"{self._reads()} Send these keys, or start the server with the client's: cameras.CAMERA=KEY, "
+            "state=KEY, prompt=KEY, and ignore=[KEY] for what is sent in vain.",
+        )
         images = {
             camera.name: self._image(found[self.camera_keys[camera.name]], camera, self.camera_keys[camera.name])
             for camera in self.spec.cameras
@@ -206,16 +204,14 @@ class Layout:
         if not isinstance(example, dict):
             raise MessageError(f"{where} is {_kind(example)}; it must be a map with image and lang.")
         known = {"image", "lang", NOISE_KEY, *(["state"] if self.state_key else [])}
-        unknown = [key for key in example if key not in known | self.ignore]
         needed = ["image", *(["state"] if self.state_key else []), *(["lang"] if self.instruction is None else [])]
-        missing = [key for key in needed if key not in example]
-        if missing or unknown:
-            said = [f"it lacks {_list(missing)}"] if missing else []
-            said += [f"it has {_list(unknown)}, which this policy has no use for"] if unknown else []
-            raise MessageError(
-                f"{where} does not fit: {' and '.join(said)}. It must have {_list(needed)}; start the server with "
-                "ignore=[KEY] for what is sent in vain."
-            )
+        _check_keys(
+            where,
+            example,
+            needed=needed,
+            known=known | self.ignore,
+            cure=f"It must have {_list(needed)}; start the server with ignore=[KEY] for what is sent in vain.",
+        )
         sent = example["image"]
         if not isinstance(sent, list) or len(sent) != len(self.image_order):
             raise MessageError(
@@ -368,6 +364,15 @@ def _kind(value: Any) -> str:
         return f"a {'list' if isinstance(value, list) else 'map'} of {len(value)}"
     shown = repr(value)
     return f"{type(value).__name__} {shown if len(shown) <= 40 else shown[:37] + '...'}"
+
+
+def _check_keys(where: str, found: Mapping[Any, Any], *, needed: Sequence[str], known: Set[str], cure: str) -> None:
+    missing = [key for key in needed if key not in found]
+    unknown = [key for key in found if key not in known]
+    if missing or unknown:
+        said = [f"it lacks {_list(missing)}"] if missing else []
+        said += [f"it has {_list(unknown)}, which this policy has no use for"] if unknown else []
+        raise MessageError(f"{where} does not fit: {' and '.join(said)}. {cure}")
 
 
 def _list(names: Sequence[Any]) -> str:

@@ -308,7 +308,7 @@ def _smolvla(said: Mapping[str, Any], weights: Weights, path: Path, options: dic
         scale_factor=math.isqrt(merged // patch[0]),
     )
     _check_resolution(said.get("resize_imgs_with_padding", [512, 512]), sizes.image_size, path)
-    if said.get("num_vlm_layers", 0) != 0 and said["num_vlm_layers"] != -1:
+    if said.get("num_vlm_layers") not in (None, 0, -1):
         check_same(said, "num_vlm_layers", path, depth, "layers of the language model", weights.path)
     deepest = VISION_DEPTH.get(patch[0], sizes.vision_num_hidden_layers)
     if sizes.vision_num_hidden_layers != deepest:

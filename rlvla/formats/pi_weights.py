@@ -88,8 +88,8 @@ def key_map(weights: Weights) -> KeyMap:
 def _expert_head(weights: Weights, root: str) -> dict[str, tuple[int, ...]]:
     """The shape of the head that the expert's class has and nobody uses: vocabulary by the expert's width."""
     width = weights.tensors.get(f"{root}action_in_proj.weight")
-    heads = (f"{root}{ROOT}paligemma.lm_head.weight", f"{root}{ROOT}paligemma.model.language_model.embed_tokens.weight")
-    table = next((weights.tensors[key] for key in heads[::-1] if key in weights.tensors), None)
+    tied = (f"{root}{ROOT}paligemma.model.language_model.embed_tokens.weight", f"{root}{ROOT}paligemma.lm_head.weight")
+    table = next((weights.tensors[key] for key in tied if key in weights.tensors), None)
     if width is None or table is None:
         return {}
     return {f"{root}{ROOT}gemma_expert.lm_head.weight": (table.shape[0], width.shape[0])}
