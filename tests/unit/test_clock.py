@@ -52,6 +52,11 @@ def test_seconds_add_up_by_name() -> None:
     assert clock.seconds == {"a": 3.5, "b": 0.25}
 
 
+def test_a_row_names_each_part_and_has_nothing_for_what_was_not_done() -> None:
+    clock = Clock({INFER: 4.0, SIMULATORS: 3.0, PHYSICS: 2.0, "save": 9.0})
+    assert clock.row() == {"time/infer_s": 4, "time/simulators_s": 3, "time/physics_s": 2, "time/render_s": 0}
+
+
 def test_a_span_that_fails_is_counted() -> None:
     clock = Clock()
 
