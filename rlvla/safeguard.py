@@ -90,11 +90,7 @@ def guard(
             f"collapse: {below}. Went back to {folder.name}; learning rates and KL target are {watch.caution:g} times "
             f"what they were (return {watch.returns} of at most {config.max_returns})",
         )
-    elif (
-        watch.returns == config.max_returns
-        and watch == before
-        and significantly_below(round(rate * episodes), episodes, watch.successes, watch.episodes, config.confidence)
-    ):
+    elif significantly_below(round(rate * episodes), episodes, watch.successes, watch.episodes, config.confidence):
         record.alarm(f"iteration {iteration}", f"{below}, and safeguard.max_returns is used up; the run goes on")
     return asdict(watch)
 
