@@ -8,6 +8,7 @@ import difflib
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from enum import Enum
+from functools import cache
 from pathlib import Path
 from typing import Any, cast
 
@@ -270,7 +271,9 @@ def _config_errors() -> Iterator[None]:
         raise ConfigError(_first_lines(error)) from error
 
 
+@cache
 def _register_schemas() -> None:
+    """Into Hydra's store, which is the process's: half of what composing takes, so once."""
     from hydra.core.config_store import ConfigStore
 
     from rlvla.policies.architectures import ARCHITECTURES, architecture
@@ -346,6 +349,7 @@ def shown(value: Any) -> str:
     return str(value.value if isinstance(value, Enum) else value)
 
 
+@cache
 def _field_docs(schema: type) -> dict[str, str]:
     """The sentence under each field of a dataclass, read from its source."""
     import ast
@@ -353,7 +357,8 @@ def _field_docs(schema: type) -> dict[str, str]:
     import textwrap
 
     base = schema.__base__
-    docs = _field_docs(base) if base is not None and dataclasses.is_dataclass(base) else {}
+    # A copy: the base's own is kept, and must not learn what its heirs have.
+    docs = dict(_field_docs(base)) if base is not None and dataclasses.is_dataclass(base) else {}
     body = ast.parse(textwrap.dedent(inspect.getsource(schema))).body[0]
     assert isinstance(body, ast.ClassDef)
     for statement, following in zip(body.body, body.body[1:], strict=False):
