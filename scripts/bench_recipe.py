@@ -15,6 +15,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from learning_curve import BLOCK, blocks, steps_to_gain
 from make_train import label, settings_of
 
 from rlvla.evaluate import Evaluation, compare
@@ -25,8 +26,6 @@ from rlvla_algos.statistics import wilson_interval
 
 ROOT = Path(__file__).resolve().parent.parent
 PAGES = ROOT / "docs" / "benchmarks"
-BLOCK = 4
-"""Iterations averaged to one point of the curve: one alone has a standard error of several points."""
 
 
 def main() -> None:
@@ -95,9 +94,13 @@ def render(recipe: str, policy: str | None, output: Path, runs: dict[int, RunFol
         "Rollout success (stochastic sampler, training states) against environment steps, means over "
         f"{BLOCK} iterations:\n",
         f"![Rollout success against environment steps]({label(recipe, policy)}.svg)\n",
+        *efficiency(runs),
         table(
             ("seed", "environment steps: success"),
-            [(str(seed), ", ".join(f"{x / 1000:.0f}k: {y:.2f}" for x, y in blocks(run))) for seed, run in runs.items()],
+            [
+                (str(seed), ", ".join(f"{x / 1000:.0f}k: {y:.2f}" for x, y in blocks(run.iterations)))
+                for seed, run in runs.items()
+            ],
         ),
     ]
     return "\n".join(parts)
@@ -153,6 +156,12 @@ def transfer(output: Path, seeds: list[int]) -> Iterator[str]:
         yield from by_task(comparisons, "Task by task there")
 
 
+def efficiency(runs: dict[int, RunFolder]) -> Iterator[str]:
+    steps = steps_to_gain([run.iterations for run in runs.values()], 0.2)
+    said = ", ".join("never" if one is None else f"{one:,}" for one in steps)
+    yield f"Environment steps until rollouts succeed 20 points more often than the SFT weights': {said}.\n"
+
+
 def notes(run: RunFolder) -> list[str]:
     return [str(note) for note in run.evaluations.get("after", {}).get("notes", [])]
 
@@ -160,13 +169,6 @@ def notes(run: RunFolder) -> list[str]:
 def table(head: tuple[str, ...], rows: list[tuple[str, ...]]) -> str:
     lines = [head, ("---",) * len(head), *rows]
     return "\n".join(f"| {' | '.join(cells)} |" for cells in lines) + "\n"
-
-
-def blocks(run: RunFolder) -> list[tuple[float, float]]:
-    """(environment steps at the end, mean rollout success) of each stretch of iterations."""
-    iterations = list(run.iterations)
-    stretches = [iterations[i : i + BLOCK] for i in range(0, len(iterations), BLOCK)]
-    return [(s[-1]["env_steps"], sum(r["rollout/success"] for r in s) / len(s)) for s in stretches]
 
 
 def shuffled(run: RunFolder, name: str) -> str:
@@ -179,7 +181,12 @@ def curve(runs: dict[int, RunFolder]) -> str:
         title="Rollout success against environment steps",
         description="One line a seed, means over some iterations.",
         series=[
-            Series(name=f"seed {seed}", x=[x for x, _ in blocks(run)], y=[y for _, y in blocks(run)], tint=i)
+            Series(
+                name=f"seed {seed}",
+                x=[x for x, _ in blocks(run.iterations)],
+                y=[y for _, y in blocks(run.iterations)],
+                tint=i,
+            )
             for i, (seed, run) in enumerate(runs.items())
         ],
         x_label="environment steps",

@@ -31,14 +31,10 @@ def main() -> None:
     arguments = parser.parse_args()
     recipe = settings_of(arguments.recipe, arguments.policy)
     output: Path = arguments.output or ROOT / "runs" / label(arguments.recipe, arguments.policy)
-    dataset, sft, ppo = output / "demonstrations", output / "sft", output / f"ppo-seed{arguments.seed}"
+    ppo = output / f"ppo-seed{arguments.seed}"
 
     spent = Minutes(output / "minutes.json")
-    if not (dataset / "meta" / "info.json").exists():
-        spent.on("collect", lambda: rlvla("collect", recipe["collect"], output=dataset))
-    if not (sft / "summary.json").exists():
-        shutil.rmtree(sft, ignore_errors=True)
-        spent.on("sft", lambda: rlvla("sft", recipe["sft"], dataset=dataset, output=sft))
+    sft = prepare(recipe, output, spent)
     if not (ppo / "report.html").exists():
         spent.on(
             f"train-{arguments.seed}",
@@ -89,6 +85,17 @@ class Minutes:
 
     def total(self, *stages: str) -> float:
         return sum(self.stages.get(stage, 0.0) for stage in stages)
+
+
+def prepare(recipe: dict[str, list[str]], output: Path, spent: Minutes) -> Path:
+    """The folder of the SFT stage, made with its demonstrations unless it is there."""
+    dataset, sft = output / "demonstrations", output / "sft"
+    if not (dataset / "meta" / "info.json").exists():
+        spent.on("collect", lambda: rlvla("collect", recipe["collect"], output=dataset))
+    if not (sft / "summary.json").exists():
+        shutil.rmtree(sft, ignore_errors=True)
+        spent.on("sft", lambda: rlvla("sft", recipe["sft"], dataset=dataset, output=sft))
+    return sft
 
 
 def rlvla(verb: str, settings: list[str], **paths: object) -> None:

@@ -68,19 +68,19 @@ def sft(folder: Path, *words: str) -> Path:
     return folder / "policy"
 
 
-def train(folder: Path, *words: str) -> None:
+def train(folder: Path, *words: str, threads: int = 1) -> None:
     """A PPO stage in ``folder``; what was begun goes on."""
     if not (folder / "report.html").exists():
-        rlvla(folder.with_suffix(".log"), "train", *words, f"output={folder}")
+        rlvla(folder.with_suffix(".log"), "train", *words, f"output={folder}", threads=threads)
 
 
-def rlvla(log: Path, verb: str, *words: str) -> None:
+def rlvla(log: Path, verb: str, *words: str, threads: int = 1) -> None:
     log.parent.mkdir(parents=True, exist_ok=True)
     print(f"rlvla {verb} {' '.join(words)}", file=sys.stderr)
     with log.open("w") as file:
         command = [sys.executable, "-m", "rlvla.cli", verb, *words]
-        threads = {**os.environ, "OMP_NUM_THREADS": "1"}
-        subprocess.run(command, check=True, cwd=ROOT, stdout=file, stderr=subprocess.STDOUT, env=threads)
+        environment = {**os.environ, "OMP_NUM_THREADS": str(threads)}
+        subprocess.run(command, check=True, cwd=ROOT, stdout=file, stderr=subprocess.STDOUT, env=environment)
 
 
 def finished(folders: dict[int, Path]) -> dict[int, dict[str, Any]]:

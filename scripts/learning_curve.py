@@ -1,0 +1,41 @@
+"""How many environment steps a run of `rlvla train` took to an improvement, from the rows of its metrics.jsonl."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+BLOCK = 4
+"""Iterations averaged to one point of the curve: one alone has a standard error of several points."""
+
+Rows = Sequence[Mapping[str, Any]]
+
+
+def blocks(rows: Rows) -> list[tuple[float, float]]:
+    """(environment steps at the end, mean rollout success) of each stretch of iterations."""
+    stretches = [rows[i : i + BLOCK] for i in range(0, len(rows), BLOCK)]
+    return [(stretch[-1]["env_steps"], _mean(stretch)) for stretch in stretches]
+
+
+def steps_to(rows: Rows, success: float) -> int | None:
+    """Environment steps after which rollouts succeed with at least this rate, in [0, 1].
+
+    Rollouts of BLOCK iterations in a row are averaged, so that no lucky iteration counts. None where a run never gets
+    there.
+    """
+    for end in range(BLOCK, len(rows) + 1):
+        if _mean(rows[end - BLOCK : end]) >= success:
+            return int(rows[end - 1]["env_steps"])
+    return None
+
+
+def steps_to_gain(seeds: Sequence[Rows], gain: float) -> list[int | None]:
+    """For each seed of a recipe, what it took to succeed by ``gain`` more often than the SFT weights do.
+
+    Those make the rollouts of every seed's first iteration, so the mean of these is what is gained upon: one alone
+    would add its own error of several points to what is compared.
+    """
+    begin = sum(rows[0]["rollout/success"] for rows in seeds) / len(seeds)
+    return [steps_to(rows, begin + gain) for rows in seeds]
+
+
+def _mean(rows: Rows) -> float:
+    return float(sum(row["rollout/success"] for row in rows) / len(rows))

@@ -1,0 +1,34 @@
+"""What a benchmark's page says about sample efficiency, by hand."""
+
+import sys
+from pathlib import Path
+
+import pytest
+
+sys.path.append(str(Path(__file__).resolve().parents[2] / "scripts"))
+from learning_curve import blocks, steps_to, steps_to_gain
+
+
+def rows(*success: float) -> list[dict[str, float]]:
+    """Iterations of 100 environment steps."""
+    return [{"rollout/success": rate, "env_steps": 100 * (i + 1)} for i, rate in enumerate(success)]
+
+
+def test_a_block_is_four_iterations_and_the_last_may_be_shorter() -> None:
+    assert blocks(rows(0.1, 0.2, 0.3, 0.4, 0.6)) == [(400, pytest.approx(0.25)), (500, pytest.approx(0.6))]
+
+
+def test_four_iterations_in_a_row_must_succeed_on_average() -> None:
+    # Means of four: .275, .35, .45, .55.
+    curve = rows(0.1, 0.5, 0.1, 0.4, 0.4, 0.9, 0.5)
+    assert steps_to(curve, 0.45) == 600
+    assert steps_to(curve, 0.46) == 700
+    assert steps_to(curve, 0.56) is None
+    assert steps_to(rows(0.9, 0.9, 0.9), 0.5) is None
+
+
+def test_a_gain_is_upon_the_mean_first_iteration_of_all_seeds() -> None:
+    lucky, unlucky = rows(0.5, 0.5, 0.5, 0.5, 0.7), rows(0.3, 0.5, 0.6, 0.6, 0.7)
+    # Upon .4: the means of four are .5 and .55, .5 and .6.
+    assert steps_to_gain([lucky, unlucky], 0.12) == [500, 500]
+    assert steps_to_gain([lucky, unlucky], 0.18) == [None, 500]
