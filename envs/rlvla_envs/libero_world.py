@@ -16,7 +16,7 @@ import numpy as np
 
 from rlvla_envs.common import turned
 from rlvla_envs.libero_tasks import Task, proprioception
-from rlvla_envs.mujoco_drawing import cured
+from rlvla_envs.mujoco_drawing import Gate, cured
 from rlvla_envs.slots import Look
 
 if TYPE_CHECKING:
@@ -35,27 +35,6 @@ PLACEMENT_SEED = 0
 
 MAX_DRAWS = 20
 """Of a placement in which objects overlap."""
-
-
-class Gate:
-    """A camera's sensor that draws only when it is open, and else hands out the last picture.
-
-    robosuite reads cameras in the middle of a control step, so a picture drawn after the step would be another one;
-    and disabling the observable changes when it is read next. The gate changes neither.
-    """
-
-    def __init__(self, sensor: Any, shape: tuple[int, int, int]) -> None:
-        self.sensor, self.open = sensor, False
-        self.picture = np.zeros(shape, dtype=np.uint8)
-        self.drawn = 0
-        # robosuite sorts observations by this mark of a sensor function.
-        self.__modality__ = sensor.__modality__
-
-    def __call__(self, cache: dict[str, Any]) -> np.ndarray:
-        if self.open:
-            self.picture = self.sensor(cache)
-            self.drawn += 1
-        return self.picture
 
 
 class World:

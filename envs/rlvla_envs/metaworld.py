@@ -11,11 +11,11 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from rlvla_envs.base import ActionComponent, Camera, Demonstration, EnvSpec, SuiteConfig
-from rlvla_envs.common import check_options, record_expert
+from rlvla_envs.common import record_expert
 from rlvla_envs.metaworld_tasks import STATE_NAMES, STATES_PER_TASK, WORDS, chosen_tasks
-from rlvla_envs.slots import Slot, SlottedEnv
+from rlvla_envs.slots import Slot, SlottedEnv, check_slotted, ready_at_home
 from rlvla_envs.suite_home import Home
-from rlvla_envs.suites import NotReadyError, Ready
+from rlvla_envs.suites import Ready
 
 if TYPE_CHECKING:
     from rlvla_envs.metaworld_world import World
@@ -103,18 +103,12 @@ def _camera(config: SuiteConfig) -> str:
 
 
 def _check(config: SuiteConfig) -> None:
-    check_options(config, OPTIONS)
-    tasks = chosen_tasks(config.name, config.task)
+    states = STATES_PER_TASK * len(chosen_tasks(config.name, config.task))
+    check_slotted(
+        config, OPTIONS, who="Meta-World", largest_image=MAX_IMAGE_SIZE, states=states, kind="evaluation states"
+    )
     if _camera(config) not in CAMERAS:
         raise ValueError(f"suite.options.camera is {_camera(config)!r}; it must be one of {', '.join(CAMERAS)}.")
-    if not 8 <= config.image_size <= MAX_IMAGE_SIZE:
-        raise ValueError(f"suite.image_size is {config.image_size}; Meta-World draws 8 to {MAX_IMAGE_SIZE} pixels.")
-    states = STATES_PER_TASK * len(tasks)
-    if config.num_evaluation_states < states:
-        raise ValueError(
-            f"suite.num_evaluation_states is {config.num_evaluation_states}, but {config.task} has {states} of them, "
-            "and a part would favour a task. Leave it away, and use eval.trials to visit fewer."
-        )
 
 
 def outline(config: SuiteConfig) -> dict[str, int]:
@@ -125,11 +119,7 @@ def outline(config: SuiteConfig) -> dict[str, int]:
 def check_ready(config: SuiteConfig) -> Ready:
     """See `rlvla_envs.suites.check_ready`."""
     _check(config)
-    if config.python is None:
-        complaint = HOME.complaint()
-        if complaint:
-            raise NotReadyError(complaint, fix=HOME.cure)
-    return Ready()
+    return ready_at_home(config, HOME)
 
 
 def memory_mb(config: SuiteConfig, num_envs: int) -> int:

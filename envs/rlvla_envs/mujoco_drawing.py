@@ -1,4 +1,4 @@
-"""What keeps a MuJoCo suite from being started, as an error with its cure."""
+"""Drawing with MuJoCo: what keeps a suite from being started, with its cure, and cameras that draw when asked."""
 
 from __future__ import annotations
 
@@ -6,6 +6,9 @@ import contextlib
 import os
 import re
 from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
 
 
 @contextlib.contextmanager
@@ -34,3 +37,24 @@ def cured(suite: str, home: str) -> Iterator[None]:
                 "repairs what is there."
             ) from error
         raise
+
+
+class Gate:
+    """A camera's sensor that draws only when it is open, and else hands out the last picture.
+
+    robosuite reads cameras in the middle of a control step, so a picture drawn after the step would be another one;
+    and disabling the observable changes when it is read next. The gate changes neither.
+    """
+
+    def __init__(self, sensor: Any, shape: tuple[int, int, int]) -> None:
+        self.sensor, self.open = sensor, False
+        self.picture = np.zeros(shape, dtype=np.uint8)
+        self.drawn = 0
+        # robosuite sorts observations by this mark of a sensor function.
+        self.__modality__ = sensor.__modality__
+
+    def __call__(self, cache: dict[str, Any]) -> np.ndarray:
+        if self.open:
+            self.picture = self.sensor(cache)
+            self.drawn += 1
+        return self.picture

@@ -12,7 +12,9 @@ from typing import TYPE_CHECKING, Generic, NamedTuple, Protocol, TypeVar
 import numpy as np
 
 from rlvla_envs.base import ChunkResult, EnvSpec, Observation, SuiteConfig
-from rlvla_envs.common import place_of
+from rlvla_envs.common import check_options, place_of
+from rlvla_envs.suite_home import Home
+from rlvla_envs.suites import NotReadyError, Ready
 
 if TYPE_CHECKING:
     from jaxtyping import Float, UInt8
@@ -62,7 +64,7 @@ class Slot(Generic[W]):
 
 
 class SlottedEnv(Generic[W]):
-    """A `VecEnv` whose actions all lie in [-1, 1], with ``spec.tasks`` of equally many evaluation states.
+    """A `VecEnv` with ``spec.tasks`` of equally many evaluation states; actions are clipped to ``spec.action``.
 
     Pictures are drawn at the last step of a chunk or an episode only, unless ``render_every_step``.
 
@@ -76,6 +78,8 @@ class SlottedEnv(Generic[W]):
         self.spec, self.num_envs = spec, num_envs
         self._instruction = config.instruction
         self._render_every_step = render_every_step
+        self._low = np.concatenate([np.full(part.size, part.low) for part in spec.action])
+        self._high = np.concatenate([np.full(part.size, part.high) for part in spec.action])
         self._slots: list[Slot[W]] = [Slot() for _ in range(num_envs)]
         # Whatever is wrong with the simulator shows now rather than in the first rollout.
         self._free: list[tuple[int, W]] = [(0, self._make(0))]
@@ -121,7 +125,7 @@ class SlottedEnv(Generic[W]):
             raise RuntimeError(f"slot {number} of {self.spec.task} has no running episode; reset it first.")
         success, executed = False, 0
         look: Look | None = None
-        for action in np.clip(chunk, -1.0, 1.0).astype(np.float64):
+        for action in np.clip(chunk.astype(np.float64), self._low, self._high):
             slot.elapsed += 1
             executed += 1
             # Some simulators take pictures inside a step: that this one is the last has to be known before it.
@@ -170,3 +174,40 @@ class SlottedEnv(Generic[W]):
         while self._free and busy + len(self._free) > self.num_envs:
             self._free.pop(0)[1].close()
         return world
+
+
+def check_slotted(
+    config: SuiteConfig, options: set[str], *, who: str, largest_image: int, states: int, kind: str
+) -> None:
+    """What such suites ask of a configuration.
+
+    Args:
+        options: those of ``config.options`` that there are.
+        who: the simulator's name, for readers.
+        largest_image: pixels that it can draw.
+        states: evaluation states of the chosen tasks.
+        kind: what these are: "stored states".
+
+    Raises:
+        ValueError: an unknown option, a picture too small or too large, or a part of the states.
+    """
+    check_options(config, options)
+    if not 8 <= config.image_size <= largest_image:
+        raise ValueError(f"suite.image_size is {config.image_size}; {who} draws 8 to {largest_image} pixels.")
+    if config.num_evaluation_states < states:
+        raise ValueError(
+            f"suite.num_evaluation_states is {config.num_evaluation_states}, but {config.task} has {states} {kind}, "
+            "and a part of them would favour a task. Leave it away, and use eval.trials to visit fewer."
+        )
+
+
+def ready_at_home(config: SuiteConfig, home: Home) -> Ready:
+    """Whether a suite's environment is there; one that the user names is for the user to check.
+
+    Raises:
+        NotReadyError: it is not, or has other versions.
+    """
+    complaint = home.complaint() if config.python is None else ""
+    if complaint:
+        raise NotReadyError(complaint, fix=home.cure)
+    return Ready()

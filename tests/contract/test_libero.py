@@ -2,9 +2,7 @@
 
 import json
 import subprocess
-from collections.abc import Callable, Iterator
-from dataclasses import replace
-from typing import Any
+from collections.abc import Callable
 
 import numpy as np
 import pytest
@@ -13,7 +11,7 @@ from rlvla_envs.base import FIRST_TRAINING_STATE, ChunkResult, Demonstrator, Fil
 from rlvla_envs.libero import ACTION, CAMERAS
 from rlvla_envs.libero_names import NAMES
 from rlvla_envs.libero_tasks import axis_angle
-from rlvla_envs.suites import NotReadyError, check_ready, interpreter_of, make_env
+from tests.contract.same import assert_equal
 
 pytestmark = pytest.mark.slow
 
@@ -21,38 +19,6 @@ H, SHORT = 4, 10
 CONFIG = SuiteConfig(name="libero_object", task="4", image_size=64, chunk_size=H, max_episode_steps=280)
 """The ketchup, which the expert seldom misses."""
 WORDS = "pick up the ketchup and place it in the basket"
-
-
-@pytest.fixture(scope="module")
-def python() -> str:
-    """LIBERO's interpreter; who asks is skipped, with the command, where there is none."""
-    try:
-        check_ready(CONFIG)
-    except NotReadyError as error:
-        pytest.skip(f"{error} Run: {error.fix}")
-    found = interpreter_of(CONFIG)
-    if found is None:
-        pytest.skip("LIBERO is in this interpreter, and has none of its own")
-    return found
-
-
-@pytest.fixture(scope="module")
-def build(python: str) -> Iterator[Callable[..., VecEnv]]:
-    opened: list[VecEnv] = []
-
-    def make(num_envs: int, **changes: Any) -> VecEnv:
-        opened.append(make_env(replace(CONFIG, **changes), num_envs))
-        return opened[-1]
-
-    yield make
-    for world in opened:
-        world.close()
-
-
-@pytest.fixture(scope="module")
-def world(build: Callable[..., VecEnv]) -> VecEnv:
-    """Two slots that tests share."""
-    return build(2)
 
 
 @pytest.fixture(scope="module")
@@ -82,14 +48,6 @@ def solved(world: VecEnv) -> tuple[int, np.ndarray]:
 
 def chunks_of(count: int, seed: int) -> np.ndarray:
     return np.random.default_rng(seed).uniform(-0.5, 0.5, (count, 1, H, 7)).astype(np.float32)
-
-
-def assert_equal(a: Observation, b: Observation) -> None:
-    assert a.instruction == b.instruction
-    assert a.state is not None
-    assert b.state is not None
-    assert np.array_equal(a.state, b.state)
-    assert all(np.array_equal(image, b.images[name]) for name, image in a.images.items())
 
 
 def test_the_spec_describes_the_data(world: VecEnv) -> None:

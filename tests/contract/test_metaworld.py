@@ -3,18 +3,17 @@
 import json
 import os
 import subprocess
-from collections.abc import Callable, Iterator
-from dataclasses import replace
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 
-from rlvla_envs.base import FIRST_TRAINING_STATE, Demonstrator, Observation, SuiteConfig, VecEnv
+from rlvla_envs.base import FIRST_TRAINING_STATE, Demonstrator, SuiteConfig, VecEnv
 from rlvla_envs.metaworld import ACTION
 from rlvla_envs.metaworld_tasks import SUITE_TASKS, WORDS
-from rlvla_envs.suites import NotReadyError, check_ready, interpreter_of, make_env
+from tests.contract.same import assert_equal
 
 pytestmark = pytest.mark.slow
 
@@ -25,51 +24,11 @@ TASKS = "push-v3+drawer-open-v3"
 CONFIG = SuiteConfig(name="metaworld_mt50", task=TASKS, image_size=48, chunk_size=H, max_episode_steps=200)
 
 
-@pytest.fixture(scope="module")
-def python() -> str:
-    """Meta-World's interpreter; who asks is skipped, with the command, where there is none."""
-    try:
-        check_ready(CONFIG)
-    except NotReadyError as error:
-        pytest.skip(f"{error} Run: {error.fix}")
-    found = interpreter_of(CONFIG)
-    if found is None:
-        pytest.skip("Meta-World is in this interpreter, and has none of its own")
-    return found
-
-
-@pytest.fixture(scope="module")
-def build(python: str) -> Iterator[Callable[..., VecEnv]]:
-    opened: list[VecEnv] = []
-
-    def make(num_envs: int, **changes: Any) -> VecEnv:
-        opened.append(make_env(replace(CONFIG, **changes), num_envs))
-        return opened[-1]
-
-    yield make
-    for world in opened:
-        world.close()
-
-
-@pytest.fixture(scope="module")
-def world(build: Callable[..., VecEnv]) -> VecEnv:
-    """Two slots that tests share."""
-    return build(2)
-
-
 def ask(python: str, code: str) -> Any:
     """What a program says in that interpreter, as JSON on its last line."""
     environment = {**os.environ, "PYTHONPATH": str(ENVS), "MUJOCO_GL": "osmesa"}
     said = subprocess.run([python, "-c", code], capture_output=True, text=True, check=True, env=environment).stdout
     return json.loads(said.splitlines()[-1])
-
-
-def assert_equal(a: Observation, b: Observation) -> None:
-    assert a.instruction == b.instruction
-    assert a.state is not None
-    assert b.state is not None
-    assert np.array_equal(a.state, b.state)
-    assert all(np.array_equal(image, b.images[name]) for name, image in a.images.items())
 
 
 def test_the_spec_describes_the_data(world: VecEnv) -> None:

@@ -25,6 +25,7 @@ from rlvla_envs.base import (
 )
 from rlvla_envs.maniskill import INSTRUCTIONS
 from rlvla_envs.suites import SUITES, NotReadyError, check_ready, check_suite, home_of, make_env
+from tests.contract.same import assert_equal
 
 H, LIMIT = 4, 42
 """Chunk size and step limit: the last chunk before the limit is cut to 2 steps."""
@@ -45,9 +46,9 @@ ABROAD = {"toy abroad": replace(SMALL["toy"], python=sys.executable)}
 RUN_ANYWHERE = {"toy", *ABROAD}
 """The others need a simulator."""
 
-ELSEWHERE = {name for name in SUITES if name.startswith(("libero", "metaworld")) and name not in SMALL}
-"""Suites whose experts need more steps than `LIMIT`, at 0.1 s each: their contract is in test_libero.py. And suites
-with the class of one that is here."""
+ELSEWHERE = {name for name in SUITES if name.startswith(("libero", "metaworld", "robocasa")) and name not in SMALL}
+"""Suites without experts, or whose experts need more steps than `LIMIT`: their contract is in a file of their own. And
+suites with the class of one that is here."""
 
 Build = Callable[..., VecEnv]
 
@@ -117,18 +118,8 @@ def padded(actions: np.ndarray) -> np.ndarray:
     return np.concatenate([actions, np.ones((missing, actions.shape[1]), np.float32)]).reshape(-1, H, actions.shape[1])
 
 
-def assert_equal_bits(a: Observation, b: Observation) -> None:
-    assert a.images.keys() == b.images.keys()
-    for name in a.images:
-        assert np.array_equal(a.images[name], b.images[name])
-    assert a.instruction == b.instruction
-    assert (a.state is None) == (b.state is None)
-    if a.state is not None and b.state is not None:
-        assert np.array_equal(a.state, b.state)
-
-
 def assert_equal_results(a: ChunkResult, b: ChunkResult) -> None:
-    assert_equal_bits(a.observation, b.observation)
+    assert_equal(a.observation, b.observation)
     for field in dataclasses.fields(ChunkResult):
         if field.name != "observation":
             assert np.array_equal(getattr(a, field.name), getattr(b, field.name)), field.name
@@ -184,7 +175,7 @@ def test_an_earlier_observation_keeps_its_pixels(world: VecEnv) -> None:
     for chunk in random_chunks(world, 3):
         world.step_chunk([0], chunk[None])
     world.reset([0], [12])
-    assert_equal_bits(first, Observation(kept, first.instruction, state))
+    assert_equal(first, Observation(kept, first.instruction, state))
 
 
 # --- equal initial states
@@ -202,9 +193,9 @@ def test_equal_states_give_equal_episodes_in_any_slot_and_order(world: VecEnv) -
             firsts[slot, state] = first.row(row)
             lasts[slot, state] = result.observation.row(row)
     for slot in (0, 1):
-        assert_equal_bits(firsts[2, 5], firsts[slot, 5])
-        assert_equal_bits(lasts[2, 5], lasts[slot, 5])
-    assert_equal_bits(lasts[2, 6], lasts[0, 6])
+        assert_equal(firsts[2, 5], firsts[slot, 5])
+        assert_equal(lasts[2, 5], lasts[slot, 5])
+    assert_equal(lasts[2, 6], lasts[0, 6])
 
 
 def test_a_restarted_episode_forgets_what_the_slot_went_through(world: VecEnv, solved: tuple[int, np.ndarray]) -> None:
@@ -216,14 +207,14 @@ def test_a_restarted_episode_forgets_what_the_slot_went_through(world: VecEnv, s
     world.reset([1], [state])
     for part in padded(actions):
         world.step_chunk([1], part[None])
-    assert_equal_bits(world.reset([1], [5]), first)
+    assert_equal(world.reset([1], [5]), first)
     assert_equal_results(world.step_chunk([1], chunk), result)
 
 
 def test_a_fresh_instance_plays_the_same_episode(world: VecEnv, build: Build) -> None:
     fresh = build(1)
     chunk = random_chunks(world, 1, seed=3)
-    assert_equal_bits(fresh.reset([0], [9]), world.reset([2], [9]))
+    assert_equal(fresh.reset([0], [9]), world.reset([2], [9]))
     assert_equal_results(fresh.step_chunk([0], chunk), world.step_chunk([2], chunk))
 
 
@@ -262,7 +253,7 @@ def test_a_slots_neighbours_change_nothing(world: VecEnv) -> None:
     together = world.step_chunk([0, 1, 2], chunks)
     world.reset([1], [2])
     alone = world.step_chunk([1], chunks[[1]])
-    assert_equal_bits(together.observation.row(1), alone.observation)
+    assert_equal(together.observation.row(1), alone.observation)
 
 
 def test_evaluation_and_training_states_differ(world: VecEnv) -> None:
@@ -285,7 +276,7 @@ def test_a_chunk_is_its_actions_one_by_one_and_its_frame_the_last_of_theirs(worl
     for action in chunk:
         single = world.step_chunk([1], action[None, None])
         assert single.executed_steps.tolist() == [1]
-    assert_equal_bits(whole.observation, single.observation)
+    assert_equal(whole.observation, single.observation)
 
 
 def test_actions_out_of_range_are_clipped(world: VecEnv) -> None:
@@ -594,7 +585,7 @@ class TestManiSkill:
         assert first.instruction == [INSTRUCTIONS[task]]
         assert all(image.std() > 1 for image in first.images.values())
         assert world.step_chunk([0], still(world)).executed_steps.tolist() == [H]
-        assert_equal_bits(world.reset([0], [0]), first)
+        assert_equal(world.reset([0], [0]), first)
         world.close()
 
     def test_a_task_without_an_expert_says_so(self) -> None:

@@ -108,7 +108,7 @@ def test_every_set_is_a_suite_and_the_test_tasks_are_held_out() -> None:
         ({"options": {"camra": "corner2"}}, "Did you mean 'camera'"),
         ({"options": {"camera": "corner3"}}, "must be one of corner2, corner4"),
         ({"image_size": 2048}, "Meta-World draws 8 to 1024 pixels"),
-        ({"num_evaluation_states": 100}, "but all has 500 of them"),
+        ({"num_evaluation_states": 100}, "but all has 500 evaluation states"),
         ({"task": "nothing"}, "'nothing' is no task of metaworld_mt10"),
     ],
 )

@@ -147,3 +147,19 @@ def test_simulations_are_used_again_and_no_more_are_kept_than_slots_and_one() ->
     assert Counter.alive == kept
     env.close()
     assert not Counter.alive
+
+
+def test_actions_are_clipped_to_the_range_that_the_spec_declares() -> None:
+    env = Counters(1)
+    env.reset([0], [0])
+    # Declared is [-1, 1]: 5 is 1, and -5 is -1.
+    state = env.step_chunk([0], np.array([[[5.0], [-5.0], [0.25]]], np.float32)).observation.state
+    assert state is not None
+    assert state.tolist() == [[0.25]]
+    env.close()
+    wide = Counters(1)
+    wide._low, wide._high = np.array([-3.0]), np.array([1.5])
+    wide.reset([0], [0])
+    state = wide.step_chunk([0], np.array([[[5.0], [-5.0]]], np.float32)).observation.state
+    assert state is not None
+    assert state.tolist() == [[-1.5]]
