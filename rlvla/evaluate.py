@@ -23,7 +23,7 @@ from rlvla.seeding import Stream, keyed_rng
 from rlvla.trials import Outcome, Trial, TrialLog, evaluation_states, plan_trials, weights_digest
 from rlvla.workers import Envs, Round, open_envs
 from rlvla_algos.statistics import mcnemar_exact, paired_difference_interval, wilson_interval
-from rlvla_envs.base import EnvSpec, Observation, require_match
+from rlvla_envs.base import EnvSpec, Observation, require_match, require_score
 
 Frames = dict[tuple[int, int], Observation]
 """What each episode saw at each decision, by (row of the evaluation, decision)."""
@@ -126,8 +126,12 @@ def evaluate(
 
     Returns:
         The measurement, and the frames that the episodes played now saw with the first noise seed.
+
+    Raises:
+        ValueError: the suite has assets with which no result counts (`EnvSpec.unscored`).
     """
     spec = envs.spec
+    require_score(spec)
     trials = plan_trials(spec, config)
     tasks = [trial.task for trial in trials]
     outcomes = dict(log.outcomes) if log else {}
@@ -468,8 +472,31 @@ def image_donors(tasks: Sequence[int]) -> list[int]:
     return donors
 
 
+def smoke_test(actor: Actor, envs: Envs, config: EvalConfig) -> dict[str, Any]:
+    """Play the trials and keep nothing of how they ended: whether policy and suite work together, and no more."""
+    trials, steps = plan_trials(envs.spec, config), 0
+
+    def ended(_: int, outcome: Outcome) -> None:
+        nonlocal steps
+        steps += outcome.steps
+
+    play_trials(actor, envs, config, trials, range(len(trials)), ended, seen=None)
+    return {
+        "smoke_test": True,
+        "suite": envs.spec.suite,
+        "episodes": len(trials),
+        "env_steps": steps,
+        "success": None,
+        **({"unscored": envs.spec.unscored} if envs.spec.unscored else {}),
+    }
+
+
 def run(config: EvaluateConfig) -> dict[str, Any]:
-    """Measure ``config.policy`` on ``config.suite``; the result is under ``config.output``."""
+    """Measure ``config.policy`` on ``config.suite``; the result is under ``config.output``.
+
+    Raises:
+        ValueError: conventions that differ, or a suite whose results would not count.
+    """
     device = pick_device(config.device)
     policy = load_policy(Path(config.policy), device)
     check_output(config, "eval")
@@ -477,6 +504,9 @@ def run(config: EvaluateConfig) -> dict[str, Any]:
     envs = open_envs(config.suite, config.workers, config.cluster)
     try:
         require_match(policy.env_spec, envs.spec)
+        if config.smoke_test:
+            return smoke_test(actor, envs, config.eval)
+        require_score(envs.spec)
         with Run.open(config, "eval", total=config.eval.trials, simulator=envs.versions) as record:
             record.require_policy(weights_digest(policy))
             own = measure(actor, envs, config.eval, record, "eval")

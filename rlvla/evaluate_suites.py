@@ -21,7 +21,7 @@ from rlvla.results import LOG, Result, ResultStore, describe_suite, identify, po
 from rlvla.run import Run, check_output, lock_folder, pick_device, versions
 from rlvla.trials import TrialLog, plan_trials
 from rlvla.workers import Envs, open_envs
-from rlvla_envs.base import EnvSpec, require_match
+from rlvla_envs.base import EnvSpec, require_match, require_score
 from rlvla_envs.suites import NotReadyError
 
 Key = tuple[str, str]
@@ -108,6 +108,11 @@ def _check_conventions(config: EvaluateSuitesConfig | CompareConfig, plan: Plan)
                 f"suite {name} does not start: {error}\n`rlvla doctor suite={name}` says what it lacks."
             ) from error
         world = EnvSpec.from_dict(said)
+        try:
+            require_score(world)
+        except ValueError as error:
+            problems.append(str(error))
+            continue
         refused: dict[str, list[str]] = {}
         for policy in missing:
             try:

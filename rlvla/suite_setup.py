@@ -18,27 +18,31 @@ from typing import Any
 from rlvla.probes import ProbeError, ask
 from rlvla_envs.base import SuiteConfig
 from rlvla_envs.suite_home import STAMP, Home
-from rlvla_envs.suites import SUITES, home_of
+from rlvla_envs.suites import SUITES, NotReadyError, check_ready, home_of, stand_in_maker
 
 PIP_TRIES = 3
 """A mirror that drops a connection is asked again; what has arrived is in pip's cache."""
 
 
-def set_up(home: Home, *, trial_timeout_s: float | None) -> dict[str, Any]:
+def set_up(home: Home, *, trial_timeout_s: float | None, stand_ins: bool = False) -> dict[str, Any]:
     """Make or complete a suite's environment, saying on stderr what is done.
 
     Args:
         trial_timeout_s: for a chunk of its first suite; None plays none.
+        stand_ins: generate assets that the user would have to download, for smoke tests without a score.
 
     Returns:
         ``ok``, ``name``, ``folder``, ``installed`` (whether anything was), ``trial`` (what the suite said, or the
         error).
 
     Raises:
-        ValueError: this Python is too old for the suite, or the disk has too little room.
+        ValueError: this Python is too old for the suite, the disk has too little room, or it has no stand-ins.
         RuntimeError: pip failed.
     """
     folder = home.folder()
+    maker = stand_in_maker(home)
+    if stand_ins and maker is None:
+        raise ValueError(f"stand_ins=true, but {home.name} installs its own assets; leave it away.")
     installed = False
     folder.parent.mkdir(parents=True, exist_ok=True)
     with _alone(folder.with_name(f"{home.name}.lock")):
@@ -58,6 +62,8 @@ def set_up(home: Home, *, trial_timeout_s: float | None) -> dict[str, Any]:
             (folder / STAMP).write_text(json.dumps({"requirements": home.requirements()}, indent=1))
             installed = True
             _say(f"{home.name} is installed in {folder}")
+        if stand_ins and maker is not None:
+            _say(f"generated {maker(folder)} stand-in files; official assets, once they are there, take their place")
     trial = _play(home, trial_timeout_s) if trial_timeout_s is not None else {"ok": True, "played": None}
     return {"ok": trial["ok"], "name": home.name, "folder": str(folder), "installed": installed, "trial": trial}
 
@@ -146,6 +152,11 @@ def _play(home: Home, deadline_s: float) -> dict[str, Any]:
     from rlvla.compose import compose
 
     suite: SuiteConfig = compose("collect", [f"suite={name}", "suite.task=0"]).suite
+    try:
+        check_ready(suite)
+    except NotReadyError as error:
+        _say(str(error))
+        return {"ok": False, "error": str(error)}
     _say(f"playing a chunk of {name}")
     try:
         said = ask("rlvla_envs.trial:play", asdict(suite), deadline_s=deadline_s)

@@ -57,7 +57,8 @@ def set_up_suites(config: SuitesConfig) -> dict[str, Any]:
     without = [name for name in config.names if name not in homes() and home_of(suite_of(name).name) is None]
     for name in without:
         _say(f"{name} needs no environment of its own; `rlvla suites {name}` says what it lacks.")
-    made = [set_up(home, trial_timeout_s=config.trial_timeout_s if config.trial else None) for home in chosen]
+    timeout_s = config.trial_timeout_s if config.trial else None
+    made = [set_up(home, trial_timeout_s=timeout_s, stand_ins=config.stand_ins) for home in chosen]
     return {"ok": all(entry["ok"] for entry in made), "environments": made}
 
 

@@ -41,7 +41,7 @@ from rlvla.trials import weights_digest
 from rlvla.workers import Envs, open_envs
 from rlvla_algos.gae import generalized_advantage_estimate
 from rlvla_algos.ppo import normalize_advantage
-from rlvla_envs.base import require_match
+from rlvla_envs.base import require_match, require_score
 
 
 @dataclass(frozen=True)
@@ -116,6 +116,7 @@ def lead(config: TrainConfig, group: Group, losses: Sequence[str] = ()) -> dict[
     collector: Collector | None = None
     try:
         require_match(policy.env_spec, envs.spec)
+        require_score(envs.spec)
         check_weights(config, envs.spec)
         check_teacher_weights(config.algo.teacher, envs.spec)
         with Run.open(config, "train", total=config.iterations, simulator=envs.versions) as record:

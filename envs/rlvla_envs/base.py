@@ -70,6 +70,9 @@ class EnvSpec:
     variants are not compared."""
     notes: tuple[str, ...] = ()
     """What a reader of any number obtained here has to know, for example "stand-in: ..." for a replaced asset."""
+    unscored: str = ""
+    """Why no success rate may come from here, and what would change that: assets that were generated so that the suite
+    starts. Empty where results count."""
 
     def __post_init__(self) -> None:
         if self.tasks and (
@@ -335,6 +338,12 @@ def require_match(policy: EnvSpec, world: EnvSpec, *, left: str = "policy", righ
         f"the {left} and the {right} use different conventions:\n{table}\n"
         f"Choose a suite with the {left}'s conventions, or train a {left} under the {right}'s."
     )
+
+
+def require_score(spec: EnvSpec) -> None:
+    """Raise ValueError where a world can be played but not measured in."""
+    if spec.unscored:
+        raise ValueError(f"{spec.suite} cannot give a success rate here: {spec.unscored}")
 
 
 @dataclass(kw_only=True)

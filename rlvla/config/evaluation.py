@@ -22,6 +22,9 @@ class EvaluateConfig:
     workers: WorkersConfig = field(default_factory=WorkersConfig)
     cluster: ClusterConfig = field(default_factory=ClusterConfig)
     eval: EvalConfig = field(default_factory=EvalConfig)
+    smoke_test: bool = False
+    """Play the episodes and report no success rate, write no result: the only thing that a suite allows whose assets
+    are stand-ins that `rlvla suites setup` generated."""
     inference_batch: int = 16
     """See `rlvla train`."""
 
@@ -115,6 +118,9 @@ class SuitesConfig:
     names: tuple[str, ...] = ()
     """Files of configs/suite, or environments such as libero: the words without a key. Empty means all, but for
     setup, which wants names."""
+    stand_ins: bool = False
+    """With setup: generate assets that the user would have to download, so that the suite runs. No score is reported
+    with them."""
     trial: bool = True
     """Play a chunk after setting up."""
     trial_timeout_s: float = 600.0

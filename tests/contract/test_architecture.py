@@ -12,7 +12,8 @@ ROOT = Path(__file__).resolve().parents[2]
 ALGOS = sorted((ROOT / "algos/rlvla_algos").rglob("*.py"))
 ENVS = sorted((ROOT / "envs/rlvla_envs").rglob("*.py"))
 SYSTEM = sorted((ROOT / "rlvla").rglob("*.py"))
-SIMULATORS = {"calvin_env", "habitat", "libero", "mani_skill", "metaworld", "mujoco", "robocasa", "robosuite", "sapien"}
+SIMULATORS = {"calvin_env", "habitat", "libero", "mani_skill", "metaworld", "mujoco", "robosuite", "sapien"}
+SIMULATORS |= {"pybullet", "robocasa_gr1", "robotwin"}
 
 
 HOSTED = (
@@ -34,6 +35,10 @@ HOSTED = (
     "metaworld_world",
     "metaworld_experts",
     "mujoco_drawing",
+    "robocasa_gr1",
+    "robocasa_gr1_standins",
+    "robocasa_gr1_tasks",
+    "robocasa_gr1_world",
     "slots",
 )
 """Modules that other interpreters load, where jaxtyping may be absent."""

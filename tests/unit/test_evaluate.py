@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from rlvla.config import EvalConfig
-from rlvla.evaluate import Evaluation, compare, evaluate, filmed_states, image_donors
+from rlvla.evaluate import Evaluation, compare, evaluate, filmed_states, image_donors, smoke_test
 from rlvla.trials import TrialLog, evaluation_states
 from rlvla.workers import Reply
 from rlvla_envs.base import ChunkResult, EnvSpec, Observation
@@ -238,3 +238,26 @@ def test_measurements_made_differently_are_not_compared(setting: str, value: Any
     before, _ = measured()
     with pytest.raises(ValueError, match=f"cannot compare .*{setting}"):
         compare(before, replace(before, **{setting: value}))
+
+
+class Generated(Envs):
+    """The same world with assets that somebody made up."""
+
+    spec = replace(Envs.spec, unscored="its carrot is a box. Fetch the real one.")
+
+
+def test_a_world_of_generated_assets_gives_no_success_rate_and_plays_nothing_for_one() -> None:
+    envs = Generated(2)
+    with pytest.raises(ValueError, match="mixed cannot give a success rate here: its carrot is a box. Fetch the real"):
+        evaluate(Actor(), envs, EvalConfig(trials=2), name="x")  # type: ignore[arg-type]
+    assert not envs.visited
+
+
+def test_a_smoke_test_plays_every_trial_and_says_nothing_of_success() -> None:
+    for kind, reason in ((Envs, None), (Generated, "its carrot is a box. Fetch the real one.")):
+        envs = kind(2)
+        said = smoke_test(Actor(), envs, EvalConfig(trials=2))  # type: ignore[arg-type]
+        # Two of three carrots and both spoons, of one step each.
+        assert sorted(envs.visited) == [0, 1, 3, 4]
+        assert (said["episodes"], said["env_steps"], said["success"]) == (4, 4, None)
+        assert said.get("unscored") == reason

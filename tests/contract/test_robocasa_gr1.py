@@ -1,0 +1,98 @@
+"""RoboCasa-GR1 through its own interpreter, on whatever assets it has: a reset takes seconds, so there are few."""
+
+from collections.abc import Callable
+
+import numpy as np
+import pytest
+
+from rlvla_envs.base import FIRST_TRAINING_STATE, Filmable, Observation, SuiteConfig, VecEnv, require_score
+from rlvla_envs.robocasa_gr1 import ACTION
+from rlvla_envs.robocasa_gr1_tasks import STATE_NAMES
+from rlvla_envs.suites import check_ready
+from tests.contract.same import assert_equal
+
+pytestmark = pytest.mark.slow
+
+H, LIMIT = 4, 6
+CONFIG = SuiteConfig(name="robocasa_gr1", task="0", image_size=64, chunk_size=H, max_episode_steps=LIMIT)
+
+
+@pytest.fixture(scope="module")
+def world(build: Callable[..., VecEnv]) -> VecEnv:
+    """One slot: a simulation takes a gigabyte."""
+    return build(1)
+
+
+def resting(observation: Observation) -> np.ndarray:
+    """A chunk that asks every joint to stay."""
+    assert observation.state is not None
+    return np.repeat(observation.state[:, None], H, axis=1)
+
+
+def test_the_spec_describes_the_data(world: VecEnv) -> None:
+    spec = world.spec
+    assert (spec.action, spec.action_size, spec.state_names, spec.control_hz) == (ACTION, 29, STATE_NAMES, 20.0)
+    first = world.reset([0], [3])
+    assert first.images["ego_view"].shape == (1, 64, 64, 3)
+    assert first.images["ego_view"].std() > 10, "a picture of nothing"
+    # The picture of 1280 x 800 lies between black bars.
+    assert not first.images["ego_view"][0, :8].any()
+    assert first.instruction == ["unlocked_waist: pick up the cup, place it into the drawer and close the drawer"]
+    assert first.state is not None
+    # Both elbows, the fourth joint of each arm, are bent by 120 degrees; the waist is straight.
+    assert first.state[0, [3, 10]] == pytest.approx([-2.1, -2.1], abs=0.05)
+    assert first.state[0, 26:] == pytest.approx([0, 0, 0], abs=0.1)
+
+
+def test_an_action_is_where_a_joint_shall_be_and_moves_no_other_stream(world: VecEnv) -> None:
+    first = world.reset([0], [3])
+    assert first.state is not None
+    chunk = resting(first)
+    still = world.step_chunk([0], chunk).observation.state
+    assert still is not None
+    assert np.abs(still - first.state)[0, [*range(14), 26, 27, 28]].max() < 0.05
+    # The right elbow opens; the left arm stays.
+    world.reset([0], [3])
+    chunk[..., 10] += 0.4
+    moved = world.step_chunk([0], chunk).observation.state
+    assert moved is not None
+    assert moved[0, 10] - first.state[0, 10] > 0.1
+    assert np.abs(moved[0, :7] - first.state[0, :7]).max() < 0.05
+
+
+def test_equal_states_give_equal_episodes_after_any_past_and_in_another_process(
+    world: VecEnv, build: Callable[..., VecEnv]
+) -> None:
+    other = build(1, options={"render_every_step": True})
+    first = world.reset([0], [FIRST_TRAINING_STATE + 7])
+    chunk = resting(first)
+    chunk += np.random.default_rng(0).uniform(-0.2, 0.2, chunk.shape).astype(np.float32)
+    ended = world.step_chunk([0], chunk)
+    world.reset([0], [4])
+    for env in (world, other):
+        assert_equal(env.reset([0], [FIRST_TRAINING_STATE + 7]), first)
+        # Drawn at every step in the other: what is drawn once a chunk is the same.
+        assert_equal(env.step_chunk([0], chunk).observation, ended.observation)
+    assert not np.array_equal(world.reset([0], [5]).images["ego_view"], first.images["ego_view"])
+
+
+def test_the_limit_truncates_inside_a_chunk_and_shows_the_final_frame(world: VecEnv) -> None:
+    chunk = resting(world.reset([0], [0]))
+    results = [world.step_chunk([0], chunk) for _ in range(2)]
+    assert [(int(r.executed_steps[0]), bool(r.truncated[0])) for r in results] == [(H, False), (LIMIT - H, True)]
+    assert results[1].observation.images["ego_view"].std() > 10
+    with pytest.raises(RuntimeError, match="has no running episode; reset it first"):
+        world.step_chunk([0], chunk)
+    assert isinstance(world, Filmable)
+    assert world.film(0).shape == (300, 480, 3)
+    assert world.film(0).std() > 10
+
+
+def test_stand_ins_are_named_by_the_spec_and_give_no_score(world: VecEnv) -> None:
+    notes = check_ready(CONFIG).notes
+    if not notes:
+        require_score(world.spec)
+        pytest.skip("this environment has the official assets")
+    with pytest.raises(ValueError, match=r"cannot give a success rate here.*download_tabletop_assets.*smoke_test=true"):
+        require_score(world.spec)
+    assert world.spec.notes[0].startswith("stand-in: every asset in ")
