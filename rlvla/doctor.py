@@ -33,7 +33,6 @@ from rlvla.probes import (
     renderer,
     suite_names,
 )
-from rlvla_envs.base import require_match
 from rlvla_envs.suites import available_mb, check_suite
 
 if TYPE_CHECKING:
@@ -131,9 +130,10 @@ def planned(config: DoctorConfig, seen: Seen) -> tuple["Plan | None", list[Findi
     try:
         plan = plan_run(config, machine(config, seen), world)
         if is_folder(config.policy) and played:
-            from rlvla.policies.folder import read_config
+            from rlvla.policies.embodiments import choose
+            from rlvla.policies.folder import read_specs
 
-            require_match(read_config(Path(config.policy) / "config.yaml")[1], played.spec)
+            choose(read_specs(Path(config.policy)), played.spec)
     except ValueError as error:
         return None, [Finding("policy", Status.missing, str(error), fix="rlvla sft --help")]
     findings = []

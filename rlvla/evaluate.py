@@ -23,7 +23,7 @@ from rlvla.seeding import Stream, keyed_rng
 from rlvla.trials import Outcome, Trial, TrialLog, evaluation_states, plan_trials, weights_digest
 from rlvla.workers import Envs, Round, open_envs
 from rlvla_algos.statistics import mcnemar_exact, paired_difference_interval, wilson_interval
-from rlvla_envs.base import EnvSpec, Observation, require_match, require_score
+from rlvla_envs.base import EnvSpec, Observation, require_score
 
 Frames = dict[tuple[int, int], Observation]
 """What each episode saw at each decision, by (row of the evaluation, decision)."""
@@ -503,7 +503,7 @@ def run(config: EvaluateConfig) -> dict[str, Any]:
     actor = Actor(policy, block=config.inference_batch, device=device)
     envs = open_envs(config.suite, config.workers, config.cluster)
     try:
-        require_match(policy.env_spec, envs.spec)
+        policy.embody_in(envs.spec)
         if config.smoke_test:
             return smoke_test(actor, envs, config.eval)
         require_score(envs.spec)

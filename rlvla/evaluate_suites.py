@@ -15,13 +15,14 @@ from rlvla.acting import Actor
 from rlvla.compare_tables import csv_text, measured_markdown, measured_rows, policy_names
 from rlvla.config import CompareConfig, EvaluateSuitesConfig
 from rlvla.evaluate import evaluate, film, filmed_states
-from rlvla.policies.folder import check_folder, load_policy, read_config
+from rlvla.policies.embodiments import choose
+from rlvla.policies.folder import load_policy, read_specs
 from rlvla.probes import ProbeError, ask
 from rlvla.results import LOG, Result, ResultStore, describe_suite, identify, policy_digest, spec_of, write_json
 from rlvla.run import Run, check_output, lock_folder, pick_device, versions
 from rlvla.trials import TrialLog, plan_trials
 from rlvla.workers import Envs, open_envs
-from rlvla_envs.base import EnvSpec, require_match, require_score
+from rlvla_envs.base import EnvSpec, require_score
 from rlvla_envs.suites import NotReadyError
 
 Key = tuple[str, str]
@@ -33,7 +34,8 @@ class Policy(NamedTuple):
 
     folder: Path
     sha256: str
-    spec: EnvSpec
+    specs: Sequence[EnvSpec]
+    """The conventions of its embodiments."""
 
 
 @dataclass
@@ -56,8 +58,8 @@ class Plan:
 
 def read_policy(folder: Path) -> Policy:
     """Raises ValueError where it is no complete policy folder."""
-    check_folder(folder)
-    return Policy(folder, policy_digest(folder), read_config(folder / "config.yaml")[1])
+    specs = read_specs(folder)
+    return Policy(folder, policy_digest(folder), specs)
 
 
 def make_plan(config: EvaluateSuitesConfig | CompareConfig, policies: Sequence[Policy]) -> Plan:
@@ -116,10 +118,11 @@ def _check_conventions(config: EvaluateSuitesConfig | CompareConfig, plan: Plan)
         refused: dict[str, list[str]] = {}
         for policy in missing:
             try:
-                require_match(policy.spec, world)
+                choose(policy.specs, world)
             except ValueError as error:
                 refused.setdefault(str(error), []).append(str(policy.folder))
-                cures |= dict.fromkeys(_cures(name, policy.spec, world))
+                if len(policy.specs) == 1:
+                    cures |= dict.fromkeys(_cures(name, policy.specs[0], world))
         problems += [f"{' and '.join(folders)} on {name}: {error}" for error, folders in refused.items()]
     if problems:
         if cures:
@@ -157,13 +160,12 @@ def measure_missing(
                 record.progress.note(_line(plan.found[policy.sha256, name], "known"))
         if not missing and not any(_unfilmed(config, plan, p, name, more_films) for p in plan.policies):
             continue
-        load = lru_cache(maxsize=1)(partial(_load, device=device, block=config.inference_batch))
         envs = open_envs(suite, config.workers, config.cluster)
+        load = lru_cache(maxsize=1)(partial(_load, world=envs.spec, device=device, block=config.inference_batch))
         try:
             for policy in missing:
                 key = (policy.sha256, name)
                 if key not in plan.found:
-                    require_match(policy.spec, envs.spec)
                     plan.found[key] = _measure(config, plan, key, policy, load(policy.folder), envs, record)
                     record.progress.note(_line(plan.found[key], "measured"))
             # Backwards: the last one is loaded.
@@ -175,8 +177,10 @@ def measure_missing(
             envs.close()
 
 
-def _load(folder: Path, *, device: str, block: int) -> Actor:
-    return Actor(load_policy(folder, device), block=block, device=device)
+def _load(folder: Path, *, world: EnvSpec, device: str, block: int) -> Actor:
+    policy = load_policy(folder, device)
+    policy.embody_in(world)
+    return Actor(policy, block=block, device=device)
 
 
 def _measure(

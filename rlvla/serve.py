@@ -39,18 +39,22 @@ def run(config: ServeConfig) -> dict[str, Any]:
         KeyboardInterrupt: the orderly end.
     """
     _require_libraries()
-    from rlvla.policies.folder import check_folder, load_policy, read_config
+    from rlvla.policies.embodiments import named
+    from rlvla.policies.folder import load_policy, read_specs
     from rlvla.run import pick_device
 
     folder = Path(config.policy)
-    check_folder(folder)
-    layout = Layout.of(config, read_config(folder / "config.yaml")[1])
+    specs = read_specs(folder)
+    chosen = named(specs, config.embodiment)
+    layout = Layout.of(config, specs[chosen])
     device = pick_device(config.device)
     # Before the weights: they may take minutes, after which nobody wants to hear that the port is taken.
     with _bound(config) as bound:
         from rlvla.acting import Actor
 
-        actor = Actor(load_policy(folder, device), block=config.inference_batch, device=device)
+        policy = load_policy(folder, device)
+        policy.embody(chosen)
+        actor = Actor(policy, block=config.inference_batch, device=device)
         if not is_loopback(config.host):
             _say(
                 f"WARNING: {config.host} can be reached from other machines, and there is neither a password nor "

@@ -2,6 +2,7 @@
 
 import math
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,12 +14,10 @@ from rlvla.acting import context_noise
 from rlvla.config import ConfigError, SFTConfig
 from rlvla.dataset import Demonstrations
 from rlvla.dataset_reader import load_dataset
-from rlvla.distill import twin_teacher
-from rlvla.policies.action_stats import ActionStats
-from rlvla.policies.architectures import architecture
+from rlvla.distill import TwinTeacher, twin_teacher
 from rlvla.policies.base import context_is_fixed, trained_groups
 from rlvla.policies.exploration import drop_explorer, has_latent
-from rlvla.policies.folder import load_policy, save_policy
+from rlvla.policies.folder import build, load_policy, save_policy
 from rlvla.policies.groups import check_groups, group_rates, require_gradients, trained_parameters
 from rlvla.policies.lora import adapted, add_lora, describe_lora
 from rlvla.policies.policy import Policy
@@ -28,7 +27,7 @@ from rlvla.reasoning import frozen_vlm
 from rlvla.run import Run, pick_device
 from rlvla.samplers import evaluation_sampler
 from rlvla.seeding import Stream, keyed_rng, normal, seed_torch
-from rlvla.sft_examples import examples_of
+from rlvla.sft_mixture import Mixture, Part, Source, describe_mixture, embodiments_of, more_sources
 from rlvla.teachers import START
 from rlvla.vision_language import Reader, answer_logits, answer_loss, load_chats, to_device
 from rlvla_algos.distill import token_kl
@@ -38,28 +37,30 @@ from rlvla_envs.base import ActionComponent, Camera, EnvSpec, require_match
 def run(config: SFTConfig) -> dict[str, Any]:
     """Train a policy on ``config.dataset`` and write it to ``config.output``/policy."""
     demonstrations = load_dataset(Path(config.dataset))
-    env_spec = dataset_spec(demonstrations, config)
+    sources = [Source(dataset_spec(demonstrations, config), demonstrations, config.weight), *more_sources(config)]
     device = pick_device(config.device)
     with Run.open(config, "sft", total=config.steps) as record:
         seed_torch(config.seed)
-        policy = build_policy(config, env_spec, demonstrations).to(device)
+        policy = build_policy(config, sources).to(device)
         names = trained_groups(policy, config.train_vlm, config.freeze)
         if add_lora(policy, config.lora, names, config.start or ""):
             record.progress.note(describe_lora(adapted(policy)))
         record.progress.note(
-            f"{demonstrations.num_episodes} demonstrations, {demonstrations.num_frames} frames; "
+            f"{sum(s.demonstrations.num_episodes for s in sources)} demonstrations, "
+            f"{sum(s.demonstrations.num_frames for s in sources)} frames; "
             + ", ".join(f"{k} {sum(p.numel() for p in v) / 1e6:.2f} M" for k, v in policy.parameter_groups().items())
             + " parameters"
         )
         if config.start is not None:
             record.progress.note(f"architecture, sizes and tokenizer are those of {config.start}; policy= is not read")
-        weights = fit(policy, demonstrations, config, record, device)
+        weights = fit(policy, sources, config, record, device)
         folder = Path(config.output) / "policy"
         save_policy(policy, folder, weights)
         summary = {
             "policy": str(folder),
             "dataset": config.dataset,
-            "episodes": demonstrations.num_episodes,
+            **({"more": [each.dataset for each in config.more]} if config.more else {}),
+            "episodes": sum(source.demonstrations.num_episodes for source in sources),
             "steps": config.steps,
             "loss": record.last(evaluation_sampler(policy).imitation_metric),
             "minutes": record.minutes(),
@@ -69,7 +70,7 @@ def run(config: SFTConfig) -> dict[str, Any]:
 
 
 def fit(
-    policy: Policy, demonstrations: Demonstrations, config: SFTConfig, record: Run, device: str
+    policy: Policy, sources: Sequence[Source], config: SFTConfig, record: Run, device: str
 ) -> dict[str, torch.Tensor] | None:
     """AdamW with warm-up and cosine decay on the imitation loss of the policy's kind, and on the answers to questions
     about images where there are any.
@@ -77,7 +78,10 @@ def fit(
     Returns:
         The averaged weights when ``ema_decay`` is set, else None.
     """
-    examples = examples_of(policy, demonstrations, config)
+    mixture = Mixture(policy, sources, config)
+    if len(sources) > 1:
+        for line in describe_mixture(policy, sources, mixture.shares):
+            record.progress.note(line)
     check_groups(policy, config.freeze, "freeze")
     names = trained_groups(policy, config.train_vlm, config.freeze)
     rates = group_rates(policy, names, config.learning_rates, config.lr, key="learning_rates")
@@ -91,33 +95,19 @@ def fit(
     )
     average: dict[str, torch.Tensor] | None = None
     sampler = evaluation_sampler(policy)
-    teacher = twin_teacher(config, policy, device)
+    imitation = Imitation(policy, config, device, twin_teacher(config, policy, device))
     started = time.monotonic()
     for step in range(config.steps):
         rng = keyed_rng(config.seed, Stream.SFT, step)
-        batch, action, valid, observation = examples.draw(rng, config.batch_size)
-        noise = {name: normal(rng, config.batch_size, *size) for name, size in policy.context_noise().items()}
-        if noise:
-            batch["noise"] = context_noise(noise, config.batch_size)
-        action, valid, batch = (x.to(device) for x in (action, valid, batch))
-
         for group in optimizer.param_groups:
             group["lr"] = group["initial_lr"] * learning_rate_factor(step, config.steps, config.warmup_steps)
-        with torch.set_grad_enabled(not context_is_fixed(policy, config.train_vlm, config.freeze)):
-            context = policy.encode(batch)
-        loss = sampler.imitation_loss(policy, context, action, valid, rng, config, examples.velocity)
-        losses = {sampler.imitation_metric: float(loss.detach())}
-        if "next" in batch:
-            parts = policy.auxiliary_losses(context, batch)
-            auxiliary = torch.stack([policy.auxiliary_weights[name] * parts[name].mean() for name in parts]).sum()
-            loss = loss + auxiliary
-            losses["loss/auxiliary"] = float(auxiliary.detach())
-        if teacher is not None:
-            feature = teacher.loss(observation, batch, context)
-            loss = loss + config.feature_coef * feature
-            losses["loss/feature"] = float(feature.detach())
         optimizer.zero_grad(set_to_none=True)
-        torch.autograd.backward(loss)
+        losses: dict[str, float] = {}
+        for part in mixture.parts(rng, config.batch_size):
+            loss, measured = imitation.loss(part, rng)
+            torch.autograd.backward(part.share * loss)
+            for name, value in measured.items():
+                losses[name] = losses.get(name, 0.0) + part.share * value
         if questions is not None:
             # A pass of its own after the first one's memory is free.
             told, measured = questions.loss(step)
@@ -139,6 +129,37 @@ def fit(
             record.log({"kind": "sft", "step": step + 1, "minutes": record.minutes(), **row})
             record.progress.bar(f"sft loss {losses[sampler.imitation_metric]:.3f}", step + 1, config.steps)
     return average
+
+
+class Imitation:
+    """The loss of demonstrated chunks, and of what else a frame teaches."""
+
+    def __init__(self, policy: Policy, config: SFTConfig, device: str, teacher: TwinTeacher | None) -> None:
+        self._policy, self._config, self._device, self._teacher = policy, config, device, teacher
+        self._sampler = evaluation_sampler(policy)
+
+    def loss(self, part: Part, rng: np.random.Generator) -> tuple[torch.Tensor, dict[str, float]]:
+        """Of rows that are drawn now; and its parts without their weights, by the names they are logged under."""
+        policy, config, device = self._policy, self._config, self._device
+        batch, action, valid, observation = part.examples.draw(rng, part.rows)
+        noise = {name: normal(rng, part.rows, *size) for name, size in policy.context_noise().items()}
+        if noise:
+            batch["noise"] = context_noise(noise, part.rows)
+        action, valid, batch = (x.to(device) for x in (action, valid, batch))
+        with torch.set_grad_enabled(not context_is_fixed(policy, config.train_vlm, config.freeze)):
+            context = policy.encode(batch)
+        loss = self._sampler.imitation_loss(policy, context, action, valid, rng, config, part.examples.velocity)
+        losses = {self._sampler.imitation_metric: float(loss.detach())}
+        if "next" in batch:
+            parts = policy.auxiliary_losses(context, batch)
+            auxiliary = torch.stack([policy.auxiliary_weights[name] * parts[name].mean() for name in parts]).sum()
+            loss = loss + auxiliary
+            losses["loss/auxiliary"] = float(auxiliary.detach())
+        if self._teacher is not None:
+            feature = self._teacher.loss(observation, batch, context)
+            loss = loss + config.feature_coef * feature
+            losses["loss/feature"] = float(feature.detach())
+        return loss, losses
 
 
 class Questions:
@@ -182,14 +203,14 @@ class Questions:
         return loss, measured
 
 
-def build_policy(config: SFTConfig, env_spec: EnvSpec, demonstrations: Demonstrations) -> Policy:
-    """A policy with the dataset's statistics: a fresh one whose tokenizer knows the dataset's prompts, or the one that
-    ``start`` names.
+def build_policy(config: SFTConfig, sources: Sequence[Source]) -> Policy:
+    """A policy with the datasets' embodiments and statistics: a fresh one whose tokenizer knows their prompts, or the
+    one that ``start`` names.
 
     Raises:
-        ValueError: ``start`` is no policy folder, or its policy does not fit the suite.
+        ValueError: ``start`` is no policy folder, or its policy does not fit a suite.
     """
-    stats = ActionStats.of(demonstrations.action, demonstrations.state if env_spec.state_size else None)
+    embodiments = embodiments_of(sources)
     if config.start is not None:
         before = load_policy(Path(config.start))
         if has_latent(before):
@@ -199,28 +220,34 @@ def build_policy(config: SFTConfig, env_spec: EnvSpec, demonstrations: Demonstra
             )
         # Of steps' noise: it explores for the flow as it was.
         drop_explorer(before)
-        policy = architecture(before.config.name).policy(before.config, env_spec, stats, before.tokenizer)
+        # A policy of one robot has the sizes of its state, and says so below where another one's differ.
+        is_padded = before.state_width != before.env_spec.state_size or len(before.embodiments) > 1
+        policy = build(before.config, embodiments, before.tokenizer, before.state_width if is_padded else 0)
         try:
             policy.load_state_dict(before.state_dict())
         except RuntimeError as error:
             # Sizes that are the suite's and not the configuration's: of the state.
             raise ConfigError(
-                f"start={config.start} was trained on a suite with {before.env_spec.state_size} state channels, and "
-                f"this one has {env_spec.state_size}. Choose a suite with as many, or a policy with "
+                f"start={config.start} was trained on a suite with {before.state_width} state channels, and "
+                f"this one has {policy.state_width}. Choose a suite with as many, or a policy with "
                 "policy.use_state=false."
             ) from error
         return policy
     # A student's tokens are compared with its teacher's one by one.
     source = config.tokenizer or config.twin_teacher
     if source is None:
-        prompts = prompts_for_tokenizer(env_spec, demonstrations.tasks, config.policy)
+        prompts = [
+            prompt
+            for source in sources
+            for prompt in prompts_for_tokenizer(source.env_spec, source.demonstrations.tasks, config.policy)
+        ]
         if config.vision_language.dataset is not None:
             chats = load_chats(Path(config.vision_language.dataset))
             prompts += [text for chat in chats for text in chat.texts()]
         tokenizer = train_tokenizer(prompts, config.policy.vlm.vocab_size)
     else:
         tokenizer = load_tokenizer(Path(source))
-    policy = architecture(config.policy.name).policy(config.policy, env_spec, stats, tokenizer)
+    policy = build(config.policy, embodiments, tokenizer)
     policy.initialize()
     return policy
 

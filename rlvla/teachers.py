@@ -65,6 +65,7 @@ def load_teacher(algo: AlgoConfig, student: Policy, start: Path, device: str) ->
         return None
     folder = start if algo.teacher.policy == START else Path(algo.teacher.policy)
     teacher = load_policy(folder, device)
+    teacher.embody_in(student.env_spec, right="policy that it is to teach")
     check_comparable(teacher, student, folder)
     teacher.requires_grad_(False)
     shared = share_frozen(teacher, student)

@@ -13,6 +13,7 @@ from rlvla.acting import Actor
 from rlvla.checkpoints import Checkpoints, TrainState
 from rlvla.clock import Clock, memory_row, trace_of, traced
 from rlvla.config import AlgoConfig, Discount, Schedule, TrainConfig, WorkersConfig
+from rlvla.conventions import ask_conventions
 from rlvla.cotraining import load_cotraining
 from rlvla.critic import make_value_head
 from rlvla.evaluate import Evaluation, compare, evaluate, measure
@@ -75,6 +76,9 @@ def prepare(config: TrainConfig, group: Group) -> Side:
     device = pick_device(config.device)
     seed_torch(config.seed)
     policy = load_policy(Path(config.policy), device)
+    if len(policy.embodiments) > 1:
+        # Teachers and demonstrations are compared with it before there are simulators.
+        policy.embody_in(ask_conventions(config.suite, deadline_s=config.workers.start_timeout_s))
     trained = trained_groups(policy, config.algo.train_vlm, config.algo.freeze)
     add_lora(policy, config.lora, trained, config.policy)
     # After the adapters, which are not for its own small layers.

@@ -17,12 +17,21 @@ from rlvla_envs.base import (
     Observation,
     SuiteConfig,
 )
+from rlvla_envs.common import check_options
 
 STEP_LENGTH = 0.12
 GAP_HALF_WIDTH = 0.10
 GOAL_RADIUS = 0.08
+MIN_THROTTLE = 0.25
 INSTRUCTION = "fly through the gap and reach the green goal"
 TASKS = ("gate",)
+OPTIONS = {"throttle"}
+
+TRANSLATION = ActionComponent(name="translation", size=2, convention=f"delta, 1 is {STEP_LENGTH}", low=-1.0, high=1.0)
+THROTTLE = ActionComponent(
+    name="throttle", size=1, convention="absolute, share of a full step", low=MIN_THROTTLE, high=1.0
+)
+STATE_NAMES = ("x", "y", "goal_x", "goal_y", "gap_y")
 
 
 class ToyEnv:
@@ -30,11 +39,15 @@ class ToyEnv:
 
     The point starts at the left, the wall stands at x = 0, the goal at the right. Hitting the wall ends the
     episode without success; entering the goal ends it with. Actions are displacements, 1 is `STEP_LENGTH`.
+
+    ``config.options``:
+        throttle: another robot, with a third action channel: the share of a full step that it goes, from
+            `MIN_THROTTLE` to 1. Its state has the last one. 20 Hz.
     """
 
     def __init__(self, config: SuiteConfig, num_envs: int) -> None:
-        if config.options:
-            raise ValueError(f"suite.options has {', '.join(config.options)}; the toy suite has no options.")
+        check_options(config, OPTIONS)
+        self._has_throttle = bool(config.options.get("throttle", False))
         if config.task not in TASKS:
             raise ValueError(f"suite.task is {config.task!r}; the toy suite has {', '.join(TASKS)}.")
         self.num_envs = num_envs
@@ -44,20 +57,17 @@ class ToyEnv:
         self._position = np.zeros((num_envs, 2), dtype=np.float32)
         self._goal = np.zeros((num_envs, 2), dtype=np.float32)
         self._gap = np.zeros(num_envs, dtype=np.float32)
+        self._throttle = np.ones(num_envs, dtype=np.float32)
         self._elapsed = np.zeros(num_envs, dtype=np.int64)
         self._over = np.ones(num_envs, dtype=np.bool_)
         self.spec = EnvSpec(
             suite=config.name,
             task=config.task,
-            robot="point",
-            action=(
-                ActionComponent(
-                    name="translation", size=2, convention=f"delta, 1 is {STEP_LENGTH}", low=-1.0, high=1.0
-                ),
-            ),
+            robot="point with a throttle" if self._has_throttle else "point",
+            action=(TRANSLATION, THROTTLE) if self._has_throttle else (TRANSLATION,),
             cameras=(Camera(name="top", height=self._size, width=self._size),),
-            state_names=("x", "y", "goal_x", "goal_y", "gap_y"),
-            control_hz=10.0,
+            state_names=STATE_NAMES + ("throttle",) * self._has_throttle,
+            control_hz=20.0 if self._has_throttle else 10.0,
             chunk_size=config.chunk_size,
             max_episode_steps=config.max_episode_steps,
             num_evaluation_states=config.num_evaluation_states,
@@ -69,6 +79,7 @@ class ToyEnv:
             self._position[slot] = (-0.9 + 0.1 * u[0], 1.6 * (u[1] - 0.5))
             self._goal[slot] = (0.85, 1.6 * (u[2] - 0.5))
             self._gap[slot] = u[3] - 0.5
+        self._throttle[list(slots)] = 1.0
         self._elapsed[list(slots)] = 0
         self._over[list(slots)] = False
         return self._observe(np.asarray(slots))
@@ -115,6 +126,8 @@ class ToyEnv:
                 waypoint = self._goal[0]
             action = (waypoint - (x, y)) / STEP_LENGTH
             action = action / max(1.0, float(np.abs(action).max())) + 0.3 * rng.normal(size=2)
+            if self._has_throttle:
+                action = np.append(action, rng.uniform(0.6, 1.0))
             actions.append(np.clip(action, -1, 1).astype(np.float32))
             result = self.step_chunk([0], actions[-1][None, None])
             if result.done[0]:
@@ -127,7 +140,11 @@ class ToyEnv:
 
     def _move(self, rows: np.ndarray, action: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         start = self._position[rows]
-        end = start + STEP_LENGTH * np.clip(action, -1, 1).astype(np.float32)
+        length = STEP_LENGTH
+        if self._has_throttle:
+            self._throttle[rows] = np.clip(action[:, 2], MIN_THROTTLE, 1)
+            length = STEP_LENGTH * self._throttle[rows, None]
+        end = start + length * np.clip(action[:, :2], -1, 1).astype(np.float32)
         crosses = (start[:, 0] < 0) & (end[:, 0] >= 0)
         along = -start[:, 0] / np.where(crosses, end[:, 0] - start[:, 0], 1)
         height = start[:, 1] + along * (end[:, 1] - start[:, 1])
@@ -139,10 +156,13 @@ class ToyEnv:
 
     def _observe(self, rows: np.ndarray) -> Observation:
         position, goal, gap = self._position[rows], self._goal[rows], self._gap[rows]
+        state = [position, goal, gap[:, None]]
+        if self._has_throttle:
+            state.append(self._throttle[rows, None])
         return Observation(
             images={"top": _draw(position, goal, gap, self._size)},
             instruction=[self._instruction] * len(rows),
-            state=np.concatenate([position, goal, gap[:, None]], axis=1),
+            state=np.concatenate(state, axis=1),
         )
 
 

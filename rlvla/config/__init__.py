@@ -40,7 +40,7 @@ from rlvla.config.objective import (
 from rlvla.config.safeguard import SafeguardConfig
 from rlvla.config.sampler import NoiseSchedule, Process, SamplerConfig, SamplerKind
 from rlvla.config.serve import ServeConfig
-from rlvla.config.sft import CollectConfig, FlowTime, SFTConfig, VisionLanguageConfig
+from rlvla.config.sft import CollectConfig, FlowTime, MoreData, SFTConfig, VisionLanguageConfig
 from rlvla.config.train import DoctorConfig, EvalConfig, Schedule, TaskMix, TrainConfig
 
 __all__ = [
@@ -70,6 +70,7 @@ __all__ = [
     "LearnerStrategy",
     "LearnersConfig",
     "LoraConfig",
+    "MoreData",
     "NoiseSchedule",
     "Objective",
     "ObjectiveConfig",

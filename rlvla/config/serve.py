@@ -12,6 +12,8 @@ class ServeConfig:
 
     policy: str = MISSING
     """Policy folder. May stand as the first word."""
+    embodiment: str = ""
+    """Of a policy with several embodiments: which of them the clients' robot is, by the name of its suite."""
     host: str = "127.0.0.1"
     """Address to listen on. Other than this machine's own needs allow_remote."""
     port: int = 8000

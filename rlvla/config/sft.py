@@ -65,11 +65,32 @@ class VisionLanguageConfig:
 
 
 @dataclass(kw_only=True)
+class MoreData:
+    """A dataset that `rlvla sft` learns from beside ``dataset``: of the same robot or of another one."""
+
+    dataset: str = MISSING
+    """Dataset folder from `rlvla collect`."""
+    weight: float = 1.0
+    """See ``weight`` of `rlvla sft`."""
+    chunk_size: int | None = None
+    """H of this robot; null takes the one that the suite had when the dataset was collected."""
+
+    def __post_init__(self) -> None:
+        require(0 < self.weight < math.inf, "more[].weight", self.weight, "positive and finite")
+        require(self.chunk_size is None or self.chunk_size >= 1, "more[].chunk_size", self.chunk_size, "at least 1")
+
+
+@dataclass(kw_only=True)
 class SFTConfig:
     """`rlvla sft`: train a policy on a dataset in the LeRobotDataset v3 layout."""
 
     dataset: str = MISSING
     """Dataset folder: from `rlvla collect`, or anyone's in that layout."""
+    weight: float = 1.0
+    """With more=: a row of a batch is of this dataset with probability weight / (sum of all weights)."""
+    more: list[MoreData] = field(default_factory=list)
+    """Further datasets, also of other robots: more=[{dataset: PATH, weight: 0.5, chunk_size: 8}], of which dataset
+    must be given (docs/how-to/several-robots.md)."""
     output: str = "runs/sft"
     """Run folder; the policy is written to its subfolder policy/."""
     seed: int = 0
@@ -143,6 +164,13 @@ class SFTConfig:
             "vision_language.teacher",
             "start",
             "a policy folder without start=: a policy that starts anew knows nothing yet",
+        )
+        require(0 < self.weight < math.inf, "weight", self.weight, "positive and finite")
+        require(
+            not self.more or self.twin_teacher is None,
+            "twin_teacher",
+            self.twin_teacher,
+            "null with more=: the teacher's prompts are of one robot",
         )
         require(self.sequence_length >= 0, "sequence_length", self.sequence_length, "0 (chunks) or more")
         require(

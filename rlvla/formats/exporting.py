@@ -38,6 +38,11 @@ def run(config: ExportConfig) -> dict[str, Any]:
             f"{folder} was not imported, so there is no format to write it back to. `rlvla import` makes policies that "
             f"can be exported, and keeps them so through `rlvla train`. Formats: {', '.join(FORMATS)}."
         )
+    if len(policy.embodiments) > 1:
+        raise ValueError(
+            f"{folder} has {len(policy.embodiments)} embodiments, each with statistics of its own, for which the "
+            f"format {origin.format} has no place. Export a policy of one robot."
+        )
     tensors = gather(policy, origin.places, origin.kept)
     output.parent.mkdir(parents=True, exist_ok=True)
     stage = output.parent / f".{output.name}.partial-{os.getpid()}"

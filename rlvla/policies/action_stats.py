@@ -79,6 +79,14 @@ class ActionStats:
         return clipped
 
     def save(self, path: Path) -> None:
+        path.write_text(json.dumps(self.to_dict(), indent=2) + "\n")
+
+    @staticmethod
+    def load(path: Path) -> "ActionStats":
+        return ActionStats.from_dict(json.loads(path.read_text()))
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain JSON."""
         data: dict[str, dict[str, Any]] = {
             "action": {"q01": self.q01.tolist(), "q99": self.q99.tolist(), "bound": _finite(self.action_bound)},
             "state": {
@@ -89,11 +97,10 @@ class ActionStats:
         }
         if self.binary is not None:
             data["action"]["binary"] = self.binary.tolist()
-        path.write_text(json.dumps(data, indent=2) + "\n")
+        return data
 
     @staticmethod
-    def load(path: Path) -> "ActionStats":
-        data = json.loads(path.read_text())
+    def from_dict(data: dict[str, Any]) -> "ActionStats":
         action, state = data["action"], data["state"]
         # Folders from before bounds were stored have the defaults.
         return ActionStats(

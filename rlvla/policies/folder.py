@@ -1,5 +1,6 @@
 """A policy on disk: config.yaml, model.safetensors, action_stats.json and tokenizer files; origin/ if it was imported.
 
+A policy of several embodiments has those after the first in embodiments.json (`rlvla.policies.embodiments`).
 Where adapters were trained the weights have them merged in, and peft's two files with the adapters alone are beside.
 What a run learned for exploring (`rlvla.policies.exploration`) has a file of its own.
 
@@ -8,6 +9,7 @@ Weights are read from safetensors, never unpickled, and every tensor must find i
 
 import os
 import shutil
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +19,8 @@ from torch import nn
 
 from rlvla.policies.action_stats import ActionStats
 from rlvla.policies.architectures import architecture
+from rlvla.policies.embodiments import FILE as EMBODIMENTS
+from rlvla.policies.embodiments import Embodiment, load_embodiments, names, save_embodiments, widened
 from rlvla.policies.exploration import FILE as EXPLORATION
 from rlvla.policies.exploration import load_explorer, save_explorer, take_explorer
 from rlvla.policies.lora import WEIGHTS, adapted, merge, save_adapters, unmerge
@@ -46,10 +50,14 @@ def save_policy(policy: Policy, folder: Path, weights: dict[str, torch.Tensor] |
     shutil.rmtree(stage, ignore_errors=True)
     try:
         stage.mkdir()
-        config = {
+        first = policy.embodiments[0]
+        config: dict[str, Any] = {
             "policy": OmegaConf.to_container(OmegaConf.structured(policy.config), enum_to_str=True),
-            "env_spec": policy.env_spec.to_dict(),
+            "env_spec": first.env_spec.to_dict(),
         }
+        if len(policy.embodiments) > 1:
+            # For readers, and so that a copy without the file of the others is noticed.
+            config["embodiments"] = names([e.env_spec for e in policy.embodiments])
         (stage / "config.yaml").write_text(OmegaConf.to_yaml(OmegaConf.create(config)))
         state = dict(policy.state_dict() if weights is None else weights)
         explorer, learned = getattr(policy, "explorer", None), take_explorer(state)
@@ -59,7 +67,8 @@ def save_policy(policy: Policy, folder: Path, weights: dict[str, torch.Tensor] |
         state = merge(policy, state)
         # Tied or sliced tensors share storage, which safetensors refuses; a policy has few enough to copy.
         save_file({k: v.detach().cpu().contiguous().clone() for k, v in state.items()}, stage / "model.safetensors")
-        policy.stats.save(stage / "action_stats.json")
+        first.stats.save(stage / "action_stats.json")
+        save_embodiments(policy.embodiments, policy.state_width, stage)
         policy.tokenizer.save_pretrained(stage)
         if policy.origin is not None:
             policy.origin.save(stage / ORIGIN)
@@ -85,7 +94,7 @@ def replace_folder(stage: Path, folder: Path) -> None:
 
 
 def load_policy(folder: Path, device: str = "cpu") -> Policy:
-    """Read a policy folder.
+    """Read a policy folder. A policy of several embodiments is in its first one (`Policy.embody_in`).
 
     Raises:
         ValueError: not a policy folder, a damaged file, or weights that do not fit; the message names it.
@@ -98,7 +107,10 @@ def load_policy(folder: Path, device: str = "cpu") -> Policy:
     except Exception as error:
         raise ValueError(f"{folder} is damaged: {type(error).__name__}: {error}. Copy or write it again.") from error
     _check_stats(stats, spec, folder / "action_stats.json")
-    policy = architecture(config.name).policy(config, spec, stats, tokenizer)
+    embodiments, state_width = load_embodiments(Embodiment(spec, stats), folder)
+    for other in embodiments[1:]:
+        _check_stats(other.stats, other.env_spec, folder / EMBODIMENTS)
+    policy = build(config, embodiments, tokenizer, state_width)
     load_weights(policy, folder / "model.safetensors")
     if (folder / ORIGIN).is_dir():
         policy.origin = Origin.load(folder / ORIGIN)
@@ -107,11 +119,48 @@ def load_policy(folder: Path, device: str = "cpu") -> Policy:
     return policy.to(device)
 
 
+def build(config: Any, embodiments: Sequence[Embodiment], tokenizer: Any, state_width: int = 0) -> Policy:
+    """A policy of these embodiments with fresh weights, in the first of them.
+
+    Args:
+        state_width: channels to pad states to, where it is more than the widest embodiment has.
+
+    Raises:
+        ValueError: an embodiment that does not fit the configuration.
+    """
+    first = embodiments[0]
+    width = max(state_width, *(e.env_spec.state_size for e in embodiments))
+    spec = widened(first.env_spec, width)
+    policy = architecture(config.name).policy(config, spec, first.stats, tokenizer)
+    if len(embodiments) > 1 or spec != first.env_spec:
+        policy.hold(embodiments)
+    return policy
+
+
+def read_specs(folder: Path) -> list[EnvSpec]:
+    """The conventions of all embodiments of a policy folder. Weights are not read.
+
+    Raises:
+        ValueError: not a policy folder, or a damaged file.
+    """
+    check_folder(folder)
+    spec = read_config(folder / "config.yaml")[1]
+    none = np.zeros(0, np.float32)
+    embodiments, _ = load_embodiments(Embodiment(spec, ActionStats(none, none, none, none)), folder)
+    return [e.env_spec for e in embodiments]
+
+
 def check_folder(folder: Path) -> None:
     """Raise ValueError where a policy folder or one of its files is not there."""
     if not folder.is_dir():
         raise ValueError(f"there is no policy folder at {folder}. `rlvla sft` writes one to OUTPUT/policy.")
     missing = [name for name in FILES if not (folder / name).is_file()]
+    if (
+        not missing
+        and not (folder / EMBODIMENTS).is_file()
+        and "\nembodiments:" in (folder / FILES[0]).read_text(errors="replace")
+    ):
+        missing = [EMBODIMENTS]
     if missing:
         raise ValueError(
             f"{folder} is not a complete policy folder: {', '.join(missing)} "

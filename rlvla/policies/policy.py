@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from rlvla.policies.action_stats import ActionStats
 from rlvla.policies.base import Context
+from rlvla.policies.embodiments import Embodiment, choose, names
 from rlvla.policies.exploration import GROUP, Explorer
 from rlvla.policies.origin import Origin
 from rlvla_algos.distribution import NormalBernoulli
@@ -50,10 +51,63 @@ class Policy(nn.Module):
         super().__init__()
         self.config, self.env_spec, self.stats, self.tokenizer = config, env_spec, stats, tokenizer
         self.horizon, self.channels = horizon, channels
-        mask = np.zeros((horizon, channels), dtype=np.bool_)
-        mask[: env_spec.chunk_size, : env_spec.action_size] = stats.active
+        self.embodiments: tuple[Embodiment, ...] = (Embodiment(env_spec, stats),)
+        self.embodiment = 0
+        self.state_width = env_spec.state_size
         self._action_mask: Tensor
-        self.register_buffer("_action_mask", torch.from_numpy(mask), persistent=False)
+        self.register_buffer("_action_mask", self._mask_of(env_spec, stats), persistent=False)
+
+    def _mask_of(self, env_spec: EnvSpec, stats: ActionStats) -> Bool[Tensor, "H K"]:
+        mask = np.zeros((self.horizon, self.channels), dtype=np.bool_)
+        mask[: env_spec.chunk_size, : env_spec.action_size] = stats.active
+        return torch.from_numpy(mask)
+
+    # --- embodiments
+
+    def check_embodiment(self, env_spec: EnvSpec) -> None:
+        """Raise ValueError where the policy's tensors have no room for another embodiment than its first."""
+        raise ValueError(
+            f"policy.name={self.config.name} has the sizes of one suite and cannot hold several embodiments. Choose an "
+            "architecture that pads its actions, such as policy=qwen_vla_small."
+        )
+
+    def hold(self, embodiments: Sequence[Embodiment]) -> None:
+        """Have these embodiments from now on, and be in the first.
+
+        Raises:
+            ValueError: one does not fit; the message says which and why.
+        """
+        for embodiment, name in zip(embodiments, names([e.env_spec for e in embodiments]), strict=True):
+            try:
+                self.check_embodiment(embodiment.env_spec)
+            except ValueError as error:
+                raise ValueError(f"embodiment {name}: {error}") from error
+        self.embodiments = tuple(embodiments)
+        self.embody(0)
+
+    def embody(self, index: int) -> None:
+        """Take on one of ``embodiments``: its conventions, its statistics, its mask and its prompts."""
+        self.embodiment, chosen = index, self.embodiments[index]
+        self.env_spec, self.stats = chosen.env_spec, chosen.stats
+        # Another tensor, not other values: a graph that has not run backwards yet may hold the old one.
+        self._action_mask = self._mask_of(chosen.env_spec, chosen.stats).to(self._action_mask.device)
+
+    def embody_in(self, world: EnvSpec, *, right: str = "suite") -> None:
+        """Take on the embodiment that a world has.
+
+        Args:
+            right: what the world is called in messages.
+
+        Raises:
+            ValueError: as `rlvla.policies.embodiments.choose`.
+        """
+        index = choose([e.env_spec for e in self.embodiments], world, right=right)
+        if index != self.embodiment:
+            self.embody(index)
+
+    def pad_state(self, state: Float[np.ndarray, "B P"]) -> Float[np.ndarray, "B W"]:
+        """A normalised state as wide as the widest embodiment's, zeros behind."""
+        return np.pad(state, ((0, 0), (0, self.state_width - state.shape[1])))
 
     def initialize(self) -> None:
         """What a model trained from scratch needs beyond its layers' own initialisation; nothing by default."""

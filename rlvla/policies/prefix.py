@@ -151,21 +151,7 @@ class PrefixPolicy(PolicyWithFlow):
 
     def __init__(self, config: Any, env_spec: EnvSpec, stats: ActionStats, tokenizer: Any, *, state_limit: int) -> None:
         sizes = config.expert
-        check_sizes(
-            env_spec,
-            _Vocabulary(tokenizer, config.vlm.vocab_size),
-            horizon=sizes.horizon,
-            channels=sizes.channels,
-            vocab_size=config.vlm.vocab_size,
-            image_unit=1,  # images are resized
-            part="policy.expert",
-        )
-        if env_spec.state_size > state_limit:
-            raise ValueError(
-                f"the suite's state has {env_spec.state_size} channels, policy.expert.state_channels pads to "
-                f"{state_limit}; raise it."
-            )
-        check_cameras(config.cameras, env_spec)
+        _check(config, env_spec, tokenizer, state_limit)
         super().__init__(
             config,
             env_spec,
@@ -177,7 +163,11 @@ class PrefixPolicy(PolicyWithFlow):
         if not config.store_prefix:
             # A context that would depend on what is always trained is not kept.
             self.context_groups = self.context_groups | {"expert"}
+        self._state_limit = state_limit
         self.value_size = config.vlm.hidden_size + (env_spec.state_size if config.value_uses_state else 0)
+
+    def check_embodiment(self, env_spec: EnvSpec) -> None:
+        _check(self.config, env_spec, self.tokenizer, self._state_limit)
 
     @abstractmethod
     def embed_images(self, pixels: Float[Tensor, "N 3 size size"]) -> Float[Tensor, "N tokens D"]:
@@ -282,7 +272,7 @@ class PrefixPolicy(PolicyWithFlow):
                 "input_ids": ids,
                 "mask": mask,
                 "images": torch.from_numpy(np.stack([observation.images[c] for c in cameras], axis=1)),
-                "state": torch.from_numpy(state),
+                "state": torch.from_numpy(self.pad_state(state)),
             },
             batch_size=[batch],
         )
@@ -406,6 +396,24 @@ class _Vocabulary:
 
     def __len__(self) -> int:
         return self.size
+
+
+def _check(config: Any, env_spec: EnvSpec, tokenizer: Any, state_limit: int) -> None:
+    check_sizes(
+        env_spec,
+        _Vocabulary(tokenizer, config.vlm.vocab_size),
+        horizon=config.expert.horizon,
+        channels=config.expert.channels,
+        vocab_size=config.vlm.vocab_size,
+        image_unit=1,  # images are resized
+        part="policy.expert",
+    )
+    if env_spec.state_size > state_limit:
+        raise ValueError(
+            f"the suite's state has {env_spec.state_size} channels, policy.expert.state_channels pads to "
+            f"{state_limit}; raise it."
+        )
+    check_cameras(config.cameras, env_spec)
 
 
 def _round_up(count: int) -> int:

@@ -58,18 +58,12 @@ class PromptedPolicy(Policy):
         Raises:
             ValueError: as `check_sizes`.
         """
-        check_sizes(
-            env_spec,
-            tokenizer,
-            horizon=horizon,
-            channels=channels,
-            vocab_size=config.vlm.vocab_size,
-            image_unit=2 * config.vlm.patch_size,
-            part=part,
-            image_sizes=getattr(config, "image_sizes", ()),
-        )
-        check_cameras(getattr(config, "cameras", ()), env_spec)
+        _check(config, env_spec, tokenizer, horizon, channels, part)
         super().__init__(config, env_spec, stats, tokenizer, horizon=horizon, channels=channels)
+        self._part = part
+
+    def check_embodiment(self, env_spec: EnvSpec) -> None:
+        _check(self.config, env_spec, self.tokenizer, self.horizon, self.channels, self._part)
 
     def prompt(self, instruction: str) -> str:
         """The chat text of one observation, with one image token for each camera."""
@@ -118,7 +112,7 @@ class PromptedPolicy(Policy):
         return TensorDict(
             {
                 **self.pack([self.layout(text) for text in prompts], length),
-                "state": torch.from_numpy(self.stats.normalize_state(state)),
+                "state": torch.from_numpy(self.pad_state(self.stats.normalize_state(state))),
             },
             batch_size=[batch],
         )
@@ -215,9 +209,24 @@ class PromptedPolicy(Policy):
 
     @property
     def _layouts(self) -> dict[str, Layout]:
-        # Not a module's business: made when first used, and not copied with the weights.
-        cache: dict[str, Layout] = self.__dict__.setdefault("_layout_cache", {})
-        return cache
+        # Not a module's business: made when first used, and not copied with the weights. Embodiments with other cameras
+        # may have prompts of the same words.
+        caches: dict[int, dict[str, Layout]] = self.__dict__.setdefault("_layout_caches", {})
+        return caches.setdefault(self.embodiment, {})
+
+
+def _check(config: Any, env_spec: EnvSpec, tokenizer: Any, horizon: int, channels: int, part: str) -> None:
+    check_sizes(
+        env_spec,
+        tokenizer,
+        horizon=horizon,
+        channels=channels,
+        vocab_size=config.vlm.vocab_size,
+        image_unit=2 * config.vlm.patch_size,
+        part=part,
+        image_sizes=getattr(config, "image_sizes", ()),
+    )
+    check_cameras(getattr(config, "cameras", ()), env_spec)
 
 
 def pool(tokens: Float[Tensor, "B S D"], mask: Bool[Tensor, "B S"]) -> Float[Tensor, "B D"]:

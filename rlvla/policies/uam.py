@@ -219,6 +219,19 @@ class UAM(PromptedPolicy, PolicyWithFlow):
         self.value_size = width * (1 + self.has_dorsal) + env_spec.state_size * config.value_uses_state
         self.eval()
 
+    def check_embodiment(self, env_spec: EnvSpec) -> None:
+        super().check_embodiment(env_spec)
+        if self.has_dorsal:
+            _check_latents(self.config.latents, env_spec)
+
+    def embody(self, index: int) -> None:
+        from rlvla.policies import joint
+
+        super().embody(index)
+        if self.has_dorsal:
+            # As many latents as its cameras have.
+            self._add_grid(joint.grid_positions)
+
     def initialize(self) -> None:
         widen_vision(self.vlm, self.config.vlm)
         self.initialize_dorsal()
@@ -390,8 +403,9 @@ class UAM(PromptedPolicy, PolicyWithFlow):
         self._span = start
         self._grid: Tensor
         self._places: Tensor
-        self.register_buffer("_grid", torch.cat(grids), persistent=False)
-        self.register_buffer("_places", torch.cat([seen, foreseen], dim=1), persistent=False)
+        device = self._action_mask.device
+        self.register_buffer("_grid", torch.cat(grids).to(device), persistent=False)
+        self.register_buffer("_places", torch.cat([seen, foreseen], dim=1).to(device), persistent=False)
 
     _span: int = 0
     """Positions that the latents take after the prompt."""

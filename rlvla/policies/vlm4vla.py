@@ -18,7 +18,7 @@ from rlvla.policies.action_stats import ActionStats
 from rlvla.policies.architectures import check_name
 from rlvla.policies.backbone import VLMConfig, token_ids, vlm_config, widen_vision
 from rlvla.policies.base import Context
-from rlvla.policies.policy import PolicyWithDistribution
+from rlvla.policies.policy import Policy, PolicyWithDistribution
 from rlvla.policies.prompted import PromptedPolicy, pool
 from rlvla_algos.distribution import NormalBernoulli, imitation_loss
 from rlvla_envs.base import EnvSpec
@@ -86,6 +86,10 @@ class VLM4VLA(PromptedPolicy, PolicyWithDistribution):
         self.log_std = nn.Parameter(torch.full((channels,), config.log_std_init))
         self.value_size = width + (env_spec.state_size if config.value_uses_state else 0)
         self.eval()
+
+    def check_embodiment(self, env_spec: EnvSpec) -> None:
+        # Its heads have as many outputs as the suite's chunk has numbers.
+        Policy.check_embodiment(self, env_spec)
 
     def initialize(self) -> None:
         widen_vision(self.vlm, self.config.vlm)

@@ -40,8 +40,11 @@ SMALL = {
 }
 SMALL = {name: replace(c, image_size=32, chunk_size=H, max_episode_steps=LIMIT) for name, c in SMALL.items()}
 
-ABROAD = {"toy abroad": replace(SMALL["toy"], python=sys.executable)}
-"""Worlds in another process, through the socket: they promise the same."""
+ABROAD = {
+    "toy abroad": replace(SMALL["toy"], python=sys.executable),
+    "toy with a throttle": replace(SMALL["toy"], options={"throttle": True}),
+}
+"""Worlds in another process, through the socket, and another robot of a world: they promise the same."""
 
 RUN_ANYWHERE = {"toy", *ABROAD}
 """The others need a simulator."""

@@ -19,6 +19,7 @@ from rlvla.dataset_reader import load_dataset
 from rlvla.policies.folder import load_policy
 from rlvla.policies.policy import Policy
 from rlvla.sft_examples import Trajectories
+from rlvla.sft_mixture import Source
 from rlvla_envs.base import EnvSpec, Observation
 
 TOY = ["suite=toy", "policy=qwen_vla_toy", "batch_size=8"]
@@ -60,7 +61,7 @@ def test_text_to_action_trains_the_expert_alone_and_learns(text_to_action: Path,
     assert seen[-1] < 0.8 * seen[0]
     config: SFTConfig = compose("sft", [*TOY, f"dataset={dataset}", "stage=t2a", "seed=3"])
     torch.manual_seed(3)
-    fresh = sft.build_policy(config, sft.dataset_spec(load_dataset(dataset), config), load_dataset(dataset))
+    fresh = sft.build_policy(config, [Source(sft.dataset_spec(load_dataset(dataset), config), load_dataset(dataset))])
     trained = load_policy(text_to_action / "policy")
     for name, tensor in trained.state_dict().items():
         same = torch.equal(tensor, fresh.state_dict()[name])
@@ -192,7 +193,7 @@ def test_a_start_with_another_state_is_refused_with_both_sizes(
     narrow = replace(demonstrations, state=demonstrations.state[:, :-1])
     said = f"with {spec.state_size} state channels, and this one has {fewer.state_size}"
     with pytest.raises(ConfigError, match=said):
-        sft.build_policy(config, fewer, narrow)
+        sft.build_policy(config, [Source(fewer, narrow)])
 
 
 def test_a_start_brings_its_own_tokenizer() -> None:
