@@ -9,6 +9,7 @@ import torch
 from tensordict import TensorDict
 
 from rlvla.policies.base import ChunkPolicy, Context, Decision, pad_tokens
+from rlvla.policies.numerics import running, to_device
 from rlvla.samplers import Sampler, evaluation_sampler
 from rlvla.seeding import normal
 from rlvla_envs.base import Observation
@@ -66,9 +67,9 @@ class Actor:
         """Contexts of any number of rows, for values of final observations."""
         blocks = self._blocks(observation)
         with _one_thread():
+            batches = [to_device(self.policy.collate(observation.take(block)), self.device) for block, _ in blocks]
             contexts = [
-                self.policy.encode(self.policy.collate(observation.take(block)).to(self.device)).to_tensordict()[:n]
-                for block, n in blocks
+                self.policy.encode(batch).to_tensordict()[:n] for batch, (_, n) in zip(batches, blocks, strict=True)
             ]
         return Context.from_tensordict(torch.cat(pad_tokens(contexts))[_places(blocks)])
 
@@ -92,7 +93,7 @@ class Actor:
         sampler: Sampler,
     ) -> Thought:
         policy, num_rows = self.policy, len(rngs)
-        batch = policy.collate(observation).to(self.device)
+        batch = to_device(policy.collate(observation), self.device)
         # Rows without a generator are padding: they repeat the last row, and must not advance its generator.
         draws = [sampler.draw(policy, rng) for rng in rngs]
         draws += [draws[-1]] * (self.block - num_rows)
@@ -100,8 +101,9 @@ class Actor:
         noise = {name: np.stack([normal(rng, *size) for rng in rngs]) for name, size in policy.context_noise().items()}
         if noise:
             batch["noise"] = context_noise(noise, self.block).to(self.device) * temperature
-        context = policy.encode(batch)
-        made = sampler.sample(policy, context, draws, temperature)
+        with running(policy):
+            context = policy.encode(batch)
+            made = sampler.sample(policy, context, draws, temperature)
         keep = slice(num_rows)
         decision = Decision(policy.actions_to_env(made.action)[keep], made.stored[keep])
         return Thought(decision, batch[keep], Context.from_tensordict(context.to_tensordict()[keep]))

@@ -13,7 +13,7 @@ from torch import Tensor
 from rlvla.config import AlgoConfig, ConfigError, NoiseSchedule, Process, SamplerKind
 from rlvla.policies.base import ChunkPolicy, Context, FlowPolicy
 from rlvla.policies.exploration import explorer_of, read_features
-from rlvla.samplers import Draws, FlowSampler, Likelihood, Sampled, bind
+from rlvla.samplers import Draws, FlowSampler, Likelihood, Sampled, bind, bind_loop
 from rlvla.seeding import normal
 from rlvla_algos.chain import (
     Draw,
@@ -106,7 +106,7 @@ class ChainSampler(FlowSampler):
         flow, device, mask = cast(FlowPolicy, policy), context.tokens.device, policy.noise_mask()
         start = torch.tensor([d[1] for d in draws], device=device)
         made = sample_chain(
-            bind(flow, context),
+            bind_loop(flow, context),
             torch.from_numpy(np.stack([d[0] for d in draws])).to(device) * temperature * mask,
             draw=self._draw(flow, context),
             num_steps=flow.num_denoising_steps,
@@ -230,7 +230,7 @@ class LatentSampler(FlowSampler):
         gaussian = self._gaussian(policy, context)
         noise = torch.from_numpy(np.stack([d[0] for d in draws])).to(device)
         latent = gaussian.sample(noise, temperature) * policy.noise_mask()
-        made = denoise(bind(flow, context), latent, schedule=ode_schedule(flow.num_denoising_steps).to(device))
+        made = denoise(bind_loop(flow, context), latent, schedule=ode_schedule(flow.num_denoising_steps).to(device))
         stored = {"sample": latent, "parameters": gaussian.parameters(), "log_prob": gaussian.log_prob(latent)}
         return Sampled(made.action, TensorDict(stored, batch_size=[len(latent)]))
 

@@ -6,7 +6,6 @@ from torch import Tensor
 
 from rlvla.acting import context_noise
 from rlvla.config import AlgoConfig, ConfigError, SFTConfig
-from rlvla.dataset_reader import load_dataset
 from rlvla.policies.policy import Policy
 from rlvla.samplers import Sampler
 from rlvla.seeding import Stream, keyed_rng, normal
@@ -22,6 +21,9 @@ class CoTraining:
         Raises:
             ValueError: there is no such dataset, or its conventions are not the policy's.
         """
+        # A learner without demonstrations needs no pyarrow.
+        from rlvla.dataset_reader import load_dataset
+
         options = algo.demonstrations
         if options.dataset is None:
             raise ConfigError("algo.demonstrations.dataset is null; it must name a folder of demonstrations.")

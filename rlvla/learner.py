@@ -10,7 +10,7 @@ from tensordict import TensorDict
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
-from rlvla.config import AlgoConfig, LearnerStrategy, LRSchedule, Objective
+from rlvla.config import AlgoConfig, ComputeConfig, LearnerStrategy, LRSchedule, Objective, Precision
 from rlvla.cotraining import CoTraining
 from rlvla.objectives import objective_loss
 from rlvla.parallel import context_of, hold
@@ -25,6 +25,9 @@ from rlvla_algos.clip import clip_power
 from rlvla_algos.distill import distillation_loss, steer_coefficient
 from rlvla_algos.ppo import Totals, behaviour_weight, count_entries, explained_variance
 
+COARSER = {Precision.fp32: 1.0, Precision.bf16: 100.0}
+"""What ``algo.mean_tolerance`` and ``algo.ratio_tolerance`` are multiplied by: in bfloat16 a velocity has an error of
+half a percent, and how many rows are computed at once changes which."""
 KL_STEER = 1.5
 """The learning rate moves by this factor when the KL leaves [target / 1.5, target * 1.5]."""
 
@@ -56,6 +59,10 @@ class Minibatch:
     """Decisions of all ranks together."""
     weight: float
     """0 where this rank has no row: it then runs one that counts nothing, because the others wait for its part."""
+    index: Tensor
+    """Where ``data`` is among this rank's decisions."""
+    whole: "Minibatch | None" = None
+    """What this is a pass of, where a minibatch takes several; ``rows`` are still those of all."""
 
 
 class Learner:
@@ -79,7 +86,9 @@ class Learner:
         teacher: ActionTeacher | None = None,
         reasoning: ReasoningTeacher | None = None,
         cotraining: CoTraining | None = None,
+        compute: ComputeConfig | None = None,
     ) -> None:
+        self.compute = compute or ComputeConfig()
         self.policy, self.value_head, self.config = policy, value_head, config
         self.sampler, self.seed, self.total_iterations = sampler, seed, total_iterations
         self.group = group
@@ -169,7 +178,8 @@ class Learner:
             del rollout[key]
         self._set_learning_rate(iteration)
         version = data.get("version")
-        if version is not None and bool((version < iteration).any()):
+        stale = version is not None and bool((version < iteration).any())
+        if stale:
             self._add_proximal(data)
         else:
             self._check_before(data)
@@ -182,6 +192,8 @@ class Learner:
         if reason:
             metrics = self._critic_epochs(data, iteration) if self.config.has_critic else dict(self._checked)
         else:
+            if self.compute.precision is not Precision.fp32 and not stale:
+                self._score_again(data, iteration)
             self._ask_teacher(data)
             self._held.lend()
             metrics = self._ppo_epochs(data, iteration)
@@ -234,25 +246,18 @@ class Learner:
         for epoch in range(config.epochs):
             epoch_kl, before = 0.0, num_batches
             for part in self._minibatches(data, iteration, epoch):
-                batch = part.data
-                if config.auxiliary_weight > 0:
-                    _add_next_images(batch, data)
-                new = self.forward(batch)
-                loss = objective_loss(
-                    config, new.likelihood, new.value, batch, self._totals(part), self._clip_power(batch)
-                )
                 self._policy_optimizer.zero_grad(set_to_none=True)
                 self._value_optimizer.zero_grad(set_to_none=True)
-                entropy = self._entropy(new.likelihood, part)
-                total = loss.total if entropy is None else loss.total - config.entropy_coef * entropy
-                pull = self._pull(new.likelihood, part)
-                total = total if pull is None else total + self._teacher_coef * pull
-                demonstrated: Tensor | None = None
-                if self.cotraining is not None:
-                    demonstrated = self.cotraining.loss(self.sampler, iteration, epoch, num_batches)
-                    total = total + config.demonstrations.weight * demonstrated
-                auxiliary = new.auxiliary.sum() / part.rows
-                self._backward(part.weight * (total + config.auxiliary_weight * auxiliary))
+                measured: dict[str, float] = {}
+                kl = 0.0
+                for number, piece in enumerate(self._passes(part)):
+                    demonstrated: Tensor | None = None
+                    if self.cotraining is not None and number == 0:
+                        demonstrated = self.cotraining.loss(self.sampler, iteration, epoch, num_batches)
+                    found, moved = self._descend(piece, data, demonstrated)
+                    kl += moved
+                    for name, number_of in found.items():
+                        measured[name] = measured.get(name, 0.0) + number_of
                 if self.reasoning:
                     # A pass of its own after the first one's memory is free.
                     self._hold_answers(self.reasoning, iteration, epoch, num_batches - before)
@@ -264,23 +269,8 @@ class Learner:
                     )
                 self._policy_optimizer.step()
                 self._value_optimizer.step()
-                with torch.no_grad():
-                    kl = self.sampler.kl(new.likelihood.parameters, batch).sum()
                 num_batches += 1
-                measured = {"loss/policy": float(loss.policy)}
-                if config.has_critic:
-                    measured["loss/value"] = part.weight * float(loss.value)
-                if config.has_ratio:
-                    measured["ppo/clip_fraction"] = float(loss.clip_fraction)
-                if entropy is not None:
-                    measured["ppo/entropy"] = float(entropy.detach())
-                if pull is not None:
-                    measured["loss/teacher"] = float(pull.detach())
-                if demonstrated is not None:
-                    measured["loss/demonstrations"] = float(demonstrated.detach())
-                if config.auxiliary_weight > 0:
-                    measured["loss/auxiliary"] = part.weight * float(auxiliary.detach())
-                batch_kl, *numbers = group.total(float(kl / part.rows), *measured.values())
+                batch_kl, *numbers = group.total(kl / part.rows, *measured.values())
                 epoch_kl += batch_kl
                 for name, number in (*zip(measured, numbers, strict=True), ("optim/grad_norm", norm)):
                     sums[name] = sums.get(name, 0.0) + number
@@ -293,6 +283,44 @@ class Learner:
             **self._checked,
         }
 
+    def _descend(
+        self, piece: Minibatch, data: TensorDict, demonstrated: Tensor | None
+    ) -> tuple[dict[str, float], float]:
+        """Add the gradients of one pass to those that are there.
+
+        Returns:
+            What there is to log of it, and its divergence from the collecting policy, both to be added up.
+        """
+        config, batch = self.config, piece.data
+        if config.auxiliary_weight > 0:
+            _add_next_images(batch, data)
+        new = self.forward(batch)
+        loss = objective_loss(config, new.likelihood, new.value, batch, self._totals(piece), self._clip_power(batch))
+        entropy = self._entropy(new.likelihood, piece)
+        total = loss.total if entropy is None else loss.total - config.entropy_coef * entropy
+        pull = self._pull(new.likelihood, piece)
+        total = total if pull is None else total + self._teacher_coef * pull
+        if demonstrated is not None:
+            total = total + config.demonstrations.weight * demonstrated
+        auxiliary = new.auxiliary.sum() / piece.rows
+        self._backward(piece.weight * (total + config.auxiliary_weight * auxiliary))
+        with torch.no_grad():
+            kl = float(self.sampler.kl(new.likelihood.parameters, batch).sum())
+        measured = {"loss/policy": float(loss.policy)}
+        if config.has_critic:
+            measured["loss/value"] = piece.weight * float(loss.value)
+        if config.has_ratio:
+            measured["ppo/clip_fraction"] = float(loss.clip_fraction)
+        if entropy is not None:
+            measured["ppo/entropy"] = float(entropy.detach())
+        if pull is not None:
+            measured["loss/teacher"] = float(pull.detach())
+        if demonstrated is not None:
+            measured["loss/demonstrations"] = float(demonstrated.detach())
+        if config.auxiliary_weight > 0:
+            measured["loss/auxiliary"] = piece.weight * float(auxiliary.detach())
+        return measured, kl
+
     def _hold_answers(self, teacher: ReasoningTeacher, *key: int) -> None:
         """Add the gradient of the divergence from the reasoning teacher's answers, on the conversations of a key."""
         with naming_the_lost():
@@ -303,14 +331,14 @@ class Learner:
         """This rank's part of the minibatch's mean entropy over valid entries; None where it is a constant."""
         if likelihood.entropy is None:
             return None
-        mask = part.data["mask"]
-        entropy: Tensor = (likelihood.entropy * mask).sum() / max(1.0, self.group.total(int(mask.sum()))[0])
+        entries = int((part.whole or part).data["mask"].sum())
+        entropy: Tensor = (likelihood.entropy * part.data["mask"]).sum() / max(1.0, self.group.total(entries)[0])
         return entropy
 
     def _ask_teacher(self, data: TensorDict) -> None:
         """Note what the teacher would have done. Its answers stay the same during the epochs."""
         if self.teacher:
-            data["teacher"] = self.teacher.answers(data, self.sampler, self.config.minibatch_size)
+            data["teacher"] = self.teacher.answers(data, self.sampler, self._rows(data))
             if "context" in data and "batch" in data:
                 del data["batch"]
 
@@ -365,7 +393,7 @@ class Learner:
     @torch.no_grad()
     def _add_proximal(self, data: TensorDict) -> None:
         """Score stale decisions by the weights as they are now, which are the centre of the trust region."""
-        news = [self.forward(batch) for batch in data.split(self.config.minibatch_size)]
+        news = [self.forward(batch) for batch in data.split(self._rows(data))]
         proximal = torch.cat([new.log_prob for new in news])
         weight = behaviour_weight(
             proximal,
@@ -394,9 +422,9 @@ class Learner:
         return clip_power(batch["mask"], self.config.reduction.value, self.sampler.terms)
 
     def _totals(self, part: Minibatch) -> Totals | None:
-        if self.group.size == 1:
+        if self.group.size == 1 and part.whole is None:
             return None
-        entries = count_entries(part.data["mask"], self.config.reduction.value)
+        entries = count_entries((part.whole or part).data["mask"], self.config.reduction.value)
         return Totals(self.group.total(entries)[0], part.rows)
 
     def _minibatches(self, data: TensorDict, iteration: int, epoch: int) -> Iterator[Minibatch]:
@@ -412,7 +440,32 @@ class Learner:
         for part in parts:
             mine = part[(part >= first) & (part < first + len(data))] - first
             rows = data[torch.from_numpy(mine).to(data.device)] if len(mine) else _nothing(data)
-            yield Minibatch(rows, len(part), float(len(mine) > 0))
+            yield Minibatch(rows, len(part), float(len(mine) > 0), torch.from_numpy(mine))
+
+    def _passes(self, part: Minibatch) -> list[Minibatch]:
+        """A minibatch in equal parts that fit into ``compute.pass_tokens``, as many on every rank."""
+        most = self._rows_at_once(part.data)
+        number = 1 if most is None else int(self.group.largest(-(-len(part.data) // most))[0])
+        if number == 1:
+            return [part]
+        pieces = []
+        for rows in np.array_split(np.arange(len(part.data)), number):
+            held = len(rows) > 0 and part.weight > 0
+            piece = part.data[torch.from_numpy(rows).to(part.data.device)] if len(rows) else _nothing(part.data)
+            index = part.index[torch.from_numpy(rows)] if held else part.index[:0]
+            pieces.append(Minibatch(piece, part.rows, float(held), index, part))
+        return pieces
+
+    def _rows_at_once(self, data: TensorDict) -> int | None:
+        """Rows of a pass; None where a minibatch is one."""
+        if self.compute.pass_tokens is None:
+            return None
+        context = data["context" if "context" in data else "batch", "mask"].shape[-1]
+        return max(1, self.compute.pass_tokens // (context + self.policy.horizon))
+
+    def _rows(self, data: TensorDict) -> int:
+        """Rows of a pass without gradients."""
+        return min(self.config.minibatch_size, self._rows_at_once(data) or self.config.minibatch_size)
 
     @torch.no_grad()
     def _check_before(self, data: TensorDict) -> None:
@@ -424,7 +477,7 @@ class Learner:
         with self.group.together():
             self._check_finite(data)
             self._check_mode()
-        batch = data[: self.config.minibatch_size]
+        batch = data[: self._rows(data)]
         new = self.forward(batch)
         with self.group.together():
             mask = batch["mask"]
@@ -433,6 +486,31 @@ class Learner:
             self._check_error(float(gap), float(ratio.max()))
         mean_error, ratio_error = self.group.largest(float(gap), float(ratio.max()))
         self._checked = {"ppo/mean_error": mean_error, "ppo/ratio_error": ratio_error}
+
+    def _score_again(self, data: TensorDict, iteration: int) -> None:
+        """Let the old log-probabilities come from the very passes of the first epoch, so that its ratios begin at 1.
+
+        The rollout computed other numbers of rows at once, and in bfloat16 that is a percent. Kernels differ with and
+        without gradients as well, so these passes have them.
+        """
+        log_prob = torch.empty_like(data["log_prob"])
+        parameters: dict[str, Tensor] = {}
+        # DDP counts passes with gradients, and each needs its way back.
+        with torch.set_grad_enabled(self.group.size == 1):
+            for part in self._minibatches(data, iteration, 0):
+                for piece in self._passes(part):
+                    found = self.forward(piece.data).likelihood
+                    if not piece.weight:
+                        continue
+                    where = piece.index.to(data.device)
+                    log_prob[where] = found.log_prob.detach()
+                    for name, values in found.parameters.items():
+                        if name not in parameters:
+                            parameters[name] = values.new_empty((len(data), *values.shape[1:])).detach()
+                        parameters[name][where] = values.detach()
+        data["log_prob"] = log_prob
+        if parameters:
+            self.sampler.recentre(data, parameters)
 
     def _check_finite(self, data: TensorDict) -> None:
         for name in ("advantage", "value_target", "log_prob"):
@@ -453,16 +531,19 @@ class Learner:
             )
 
     def _check_error(self, gap: float, ratio: float) -> None:
-        if not gap < self.config.mean_tolerance:
+        coarser = COARSER[self.compute.precision]
+        scale = f" times {coarser:g} for {self.compute.precision.value}" if coarser != 1 else ""
+        if not gap < coarser * self.config.mean_tolerance:
             raise InvariantError(
                 f"on the first minibatch the learner's {self.sampler.compared} differs from the rollout's by {gap:.3g} "
-                f"standard deviations; algo.mean_tolerance is {self.config.mean_tolerance:g}. {self.sampler.advice}"
+                f"standard deviations; algo.mean_tolerance is {self.config.mean_tolerance:g}{scale}. "
+                f"{self.sampler.advice}"
             )
-        if not ratio < self.config.ratio_tolerance:
+        if not ratio < coarser * self.config.ratio_tolerance:
             raise InvariantError(
                 f"on the first minibatch a ratio is off by {ratio:.3g} from 1; algo.ratio_tolerance is "
-                f"{self.config.ratio_tolerance:g}. The stored sample or log-probability is not what the sampler drew: "
-                "clipping belongs to the simulator's copy only."
+                f"{self.config.ratio_tolerance:g}{scale}. The stored sample or log-probability is not what the sampler "
+                "drew: clipping belongs to the simulator's copy only."
             )
 
     @torch.no_grad()
@@ -470,7 +551,7 @@ class Learner:
         """Exact KL from the collecting policy, in nats per chunk: over everything, and of the sampler's parts; and that
         to the teacher."""
         group = self.group
-        batches = list(data.split(self.config.minibatch_size))
+        batches = list(data.split(self._rows(data)))
         most = int(group.largest(len(batches))[0])
         kls, pulls = [], []
         for batch in [*batches, *[_nothing(data)] * (most - len(batches))]:

@@ -24,6 +24,7 @@ from rlvla.policies.footprint import (
     guess_tokens,
     load_unallocated,
 )
+from rlvla.policies.groups import require_gradients
 from rlvla.policies.lora import add_lora
 from rlvla.policies.qwen_vla import QwenVLA
 from rlvla.teachers import START
@@ -212,7 +213,7 @@ def unallocated_policy(config: DoctorConfig, world: World | None) -> tuple[QwenV
     if is_folder(config.policy):
         policy = load_unallocated(Path(config.policy))
         _add_adapters(policy, config)
-        return policy, footprint(policy, policy.context_length(instruction))
+        return policy, footprint(policy, policy.context_length(instruction), config.compute)
     architecture = check_policy(config.policy)
     spec = world.spec if world else stand_in_spec(config.suite, architecture.expert.channels)
     size = config.suite.image_size
@@ -220,11 +221,13 @@ def unallocated_policy(config: DoctorConfig, world: World | None) -> tuple[QwenV
         spec = replace(spec, cameras=tuple(replace(c, height=size, width=size) for c in spec.cameras))
     policy = build_unallocated(architecture, spec)
     _add_adapters(policy, config)
-    return policy, footprint(policy, guess_tokens(policy, instruction))
+    return policy, footprint(policy, guess_tokens(policy, instruction), config.compute)
 
 
 def _add_adapters(policy: QwenVLA, config: DoctorConfig) -> None:
-    add_lora(policy, config.lora, trained_groups(policy, config.algo.train_vlm, config.algo.freeze))
+    trained = trained_groups(policy, config.algo.train_vlm, config.algo.freeze)
+    add_lora(policy, config.lora, trained)
+    require_gradients(policy, trained)
 
 
 def check_policy(policy: str) -> Any:
@@ -322,7 +325,9 @@ def activation_bytes(config: DoctorConfig, size: Footprint) -> int:
     """What one minibatch keeps between its forward and its backward pass. The learner cuts equal parts, so that with k
     minibatches one may have 1 / 2k rows more than ``algo.minibatch_size``."""
     rows = min(max_decisions(config), config.algo.minibatch_size)
-    return rows * (size.expert_activations + (size.vlm_activations if trains_vlm(config) else 0))
+    if config.compute.pass_tokens is not None:
+        rows = min(rows, max(1, config.compute.pass_tokens // (size.tokens + config.suite.chunk_size)))
+    return size.rounded_weights + rows * (size.expert_activations + (size.vlm_activations if trains_vlm(config) else 0))
 
 
 def standing_items(config: DoctorConfig, size: Footprint) -> list[Item]:
@@ -356,7 +361,7 @@ def learner_phases(config: DoctorConfig, size: Footprint, *, on_gpu: bool) -> It
         [
             *always,
             another,
-            Item(f"the policy on {config.inference_batch} rows (estimate)", forward),
+            Item(f"the policy on {config.inference_batch} rows (estimate)", forward + size.rounded_weights),
         ],
     )
     # On a GPU Adam takes all parameters at once, and its denominator is as large as they are.

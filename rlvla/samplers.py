@@ -184,6 +184,12 @@ def bind(policy: FlowPolicy, context: Context) -> Callable[[Tensor, Tensor, Tens
     return lambda sample, tau, step: policy.velocity(context, sample, tau, step)
 
 
+def bind_loop(policy: FlowPolicy, context: Context) -> Callable[[Tensor, Tensor, Tensor], Tensor]:
+    """The same for all denoising steps of a chunk, which may share work."""
+    prepare = getattr(policy, "denoising", None)
+    return bind(policy, context) if prepare is None else cast(Callable[..., Tensor], prepare(context))
+
+
 @dataclass(frozen=True)
 class FlowSampler(Sampler):
     """A flow with one stochastic denoising step a decision: stores ``before``, ``after``, ``mean`` and ``step``."""
@@ -212,7 +218,7 @@ class FlowSampler(Sampler):
         noise = torch.from_numpy(np.stack([d[0] for d in draws])).to(device) * temperature * mask
         step = torch.tensor([d[1] for d in draws], device=device)
         step_noise = torch.from_numpy(np.stack([d[2] for d in draws])).to(device) * temperature * mask
-        velocity = bind(flow, context)
+        velocity = bind_loop(flow, context)
         if self.schedule is None:
             made = denoise(velocity, noise, schedule=ode_schedule(flow.num_denoising_steps).to(device))
         else:

@@ -68,6 +68,8 @@ def load_teacher(algo: AlgoConfig, student: Policy, start: Path, device: str) ->
     teacher.embody_in(student.env_spec, right="policy that it is to teach")
     check_comparable(teacher, student, folder)
     teacher.requires_grad_(False)
+    # Or it would differ from the student before the first step.
+    teacher.precision = student.precision
     shared = share_frozen(teacher, student)
     readers = {id(p) for group in student.context_groups for p in teacher.parameter_groups()[group]}
     same = all(id(p) in shared for p in teacher.parameters() if id(p) in readers)
@@ -104,7 +106,7 @@ def share_frozen(teacher: nn.Module, student: nn.Module) -> set[int]:
     shared = set()
     for name, parameter in teacher.named_parameters():
         own = frozen.get(name)
-        if own is not None and own.shape == parameter.shape and torch.equal(own, parameter):
+        if own is not None and own.shape == parameter.shape and torch.equal(own.to(parameter.dtype), parameter):
             parameter.data = own.data
             shared.add(id(parameter))
     return shared

@@ -1,6 +1,7 @@
 """`rlvla train`: PPO on a policy. Collect whole episodes, estimate advantages, update, repeat."""
 
 import os
+import sys
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -12,7 +13,7 @@ from tensordict import TensorDict
 from rlvla.acting import Actor
 from rlvla.checkpoints import Checkpoints, TrainState
 from rlvla.clock import Clock, memory_row, trace_of, traced
-from rlvla.config import AlgoConfig, Discount, Schedule, TrainConfig, WorkersConfig
+from rlvla.config import AlgoConfig, Discount, LearnerStrategy, Schedule, TrainConfig, WorkersConfig
 from rlvla.conventions import ask_conventions
 from rlvla.cotraining import load_cotraining
 from rlvla.critic import make_value_head
@@ -28,6 +29,7 @@ from rlvla.policies.exploration import add_explorer
 from rlvla.policies.folder import load_policy, load_weights, save_policy
 from rlvla.policies.groups import require_gradients
 from rlvla.policies.lora import adapted, add_lora, describe_lora
+from rlvla.policies.numerics import set_up
 from rlvla.policies.policy import Policy
 from rlvla.ranks import ALONE, Group, share
 from rlvla.reasoning import load_reasoning_teacher
@@ -84,6 +86,10 @@ def prepare(config: TrainConfig, group: Group) -> Side:
     # After the adapters, which are not for its own small layers.
     add_explorer(policy, config.algo)
     require_gradients(policy, trained_groups(policy, config.algo.train_vlm, config.algo.freeze))
+    split = config.learners.num > 1 and config.learners.strategy is LearnerStrategy.fsdp
+    for note in set_up(policy, config.compute, narrow=not split):
+        if group.leads:
+            print(f"note: {note}", file=sys.stderr)
     value_head = make_value_head(policy, config.algo, device)
     sampler = objective_sampler(training_sampler(policy, config.algo), policy, config.algo)
     learner = Learner(
@@ -100,6 +106,7 @@ def prepare(config: TrainConfig, group: Group) -> Side:
             config.algo.reasoning_teacher, policy, Path(config.policy), device, seed=config.seed
         ),
         cotraining=load_cotraining(policy, config.algo, seed=config.seed, device=device),
+        compute=config.compute,
     )
     actor = Actor(policy, block=config.inference_batch, device=device)
     return Side(config, group, policy, value_head, sampler, learner, actor)

@@ -17,6 +17,7 @@ from typing import Any, Self
 import torch
 
 from rlvla.config import EvalConfig
+from rlvla.policies.numerics import in_file_precision
 from rlvla_envs.base import EnvSpec
 
 
@@ -78,7 +79,7 @@ def evaluation_states(spec: EnvSpec, trials: int) -> list[int]:
 def weights_digest(policy: torch.nn.Module) -> str:
     """SHA-256 of a policy's tensors, by name: which policy a log belongs to."""
     digest = hashlib.sha256()
-    for name, tensor in sorted(policy.state_dict().items()):
+    for name, tensor in sorted(in_file_precision(policy, policy.state_dict()).items()):
         digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}".encode())
         digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
     return digest.hexdigest()

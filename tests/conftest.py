@@ -75,6 +75,12 @@ def simpler_assets() -> Path:
 
 
 @pytest.fixture(scope="session")
+def device() -> str:
+    """Where tests of networks run: RLVLA_TEST_DEVICE, else the CPU."""
+    return os.environ.get("RLVLA_TEST_DEVICE", "cpu")
+
+
+@pytest.fixture(scope="session")
 def run_python() -> Callable[[str], str]:
     """Run code in a process of its own that finds the same packages; returns what it printed."""
 

@@ -11,6 +11,7 @@ from rlvla.config.algo import (
     TeacherConfig,
 )
 from rlvla.config.checks import MISSING, ConfigError, check_common, check_rates, require
+from rlvla.config.compute import Attention, ComputeConfig, Precision
 from rlvla.config.evaluation import (
     CompareConfig,
     EvaluateConfig,
@@ -46,10 +47,12 @@ from rlvla.config.train import DoctorConfig, EvalConfig, Schedule, TaskMix, Trai
 __all__ = [
     "MISSING",
     "AlgoConfig",
+    "Attention",
     "ClusterConfig",
     "CoTrainingConfig",
     "CollectConfig",
     "CompareConfig",
+    "ComputeConfig",
     "ConfigError",
     "CriticConfig",
     "CriticPool",
@@ -74,6 +77,7 @@ __all__ = [
     "NoiseSchedule",
     "Objective",
     "ObjectiveConfig",
+    "Precision",
     "Process",
     "ReasoningTeacherConfig",
     "Reduction",

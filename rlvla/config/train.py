@@ -6,6 +6,7 @@ from enum import Enum
 
 from rlvla.config.algo import AlgoConfig, LoraConfig
 from rlvla.config.checks import MISSING, check_common, require
+from rlvla.config.compute import ComputeConfig, Precision
 from rlvla.config.machines import ClusterConfig, LearnersConfig, WorkersConfig
 from rlvla.config.objective import Objective
 from rlvla.config.safeguard import SafeguardConfig
@@ -67,6 +68,7 @@ class TrainConfig:
     seed: int = 0
     device: str = "auto"
     """auto, cpu, cuda or cuda:0."""
+    compute: ComputeConfig = field(default_factory=ComputeConfig)
     suite: SuiteConfig = field(default_factory=SuiteConfig)
     workers: WorkersConfig = field(default_factory=WorkersConfig)
     cluster: ClusterConfig = field(default_factory=ClusterConfig)
@@ -151,6 +153,18 @@ class TrainConfig:
             "algo.demonstrations.dataset",
             self.algo.demonstrations.dataset,
             "null with learners.num above 1: the supervised loss is a second pass that the ranks do not share",
+        )
+        require(
+            self.compute.precision is Precision.fp32 or self.algo.reasoning_teacher.policy is None,
+            "compute.precision",
+            self.compute.precision.value,
+            "fp32 with algo.reasoning_teacher.policy: answers are compared in fp32",
+        )
+        require(
+            not self.compute.compile or self.learners.num == 1,
+            "compute.compile",
+            "true",
+            "false with learners.num above 1: compiled blocks have not been tried under DDP or FSDP2",
         )
         require(
             not self.safeguard.enabled or (self.save_every == 1 and self.schedule is not Schedule["async"]),

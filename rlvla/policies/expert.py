@@ -7,6 +7,7 @@ after each branch. docs/adr/0003-expert.md says why.
 """
 
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -51,6 +52,18 @@ class ExpertConfig:
             )
 
 
+class Loop(NamedTuple):
+    """What the denoising steps of one context share."""
+
+    inputs: Float[Tensor, "B C d"]
+    """Tokens of the context and the state."""
+    rotary: tuple[Tensor, Tensor]
+    key_mask: Bool[Tensor, "B 1 1 L"] | None
+    modulations: tuple[Float[Tensor, "N 6d"], ...] = ()
+    """Of each block at each step, where they were computed before."""
+    final: Float[Tensor, "N 2d"] | None = None
+
+
 def flow_time_features(tau: Float[Tensor, " B"]) -> Float[Tensor, "B 256"]:
     """Sines and cosines of 1000 tau, as diffusion models encode time."""
     half = FLOW_TIME_FEATURES // 2
@@ -85,11 +98,20 @@ class Block(nn.Module):
         time: Float[Tensor, "B d"],
         rotary: tuple[Tensor, Tensor],
         key_mask: Bool[Tensor, "B 1 1 L"] | None,
+        modulation: Float[Tensor, "B 6d"] | None = None,
     ) -> Float[Tensor, "B L d"]:
-        shift_a, scale_a, gate_a, shift_f, scale_f, gate_f = self.modulation(time)[:, None].chunk(6, dim=-1)
+        """
+        Args:
+            modulation: what ``time`` is modulated to, where that is known; ``time`` is not read then.
+        """
+        if modulation is None:
+            modulation = self.modulation(time)
+        shift_a, scale_a, gate_a, shift_f, scale_f, gate_f = modulation[:, None].chunk(6, dim=-1)
         batch, length, d = x.shape
         h = F.layer_norm(x, (d,)) * (1 + scale_a) + shift_a
         q, k, v = self.qkv(h).view(batch, length, 3, self.num_heads, -1).permute(2, 0, 3, 1, 4)
+        # Under autocast they are narrower than the norms, which would then take a slow way.
+        q, k = (part.to(self.query_norm.weight.dtype) for part in (q, k))
         q, k = _rotate(self.query_norm(q), rotary), _rotate(self.key_norm(k), rotary)
         attended = F.scaled_dot_product_attention(q, k, v, attn_mask=key_mask)
         x = x + gate_a * self.out(attended.transpose(1, 2).reshape(batch, length, d))
@@ -130,10 +152,55 @@ class Expert(nn.Module):
         sample: Float[Tensor, "B H K"],
         action_mask: Bool[Tensor, "H K"] | Bool[Tensor, "B H K"],
         tau: Float[Tensor, " B"],
+        loop: Loop | None = None,
+        step: Int[Tensor, " B"] | None = None,
     ) -> Float[Tensor, "B H K"]:
         """Padded entries of ``sample`` are zeroed on the way in and padded steps are hidden as keys, so a chunk
-        padded to H x K and the same chunk unpadded have the same velocity."""
-        batch, horizon, _ = sample.shape
+        padded to H x K and the same chunk unpadded have the same velocity.
+
+        Args:
+            loop: of `prepare`, for the same context; ``step`` is then where each row is on its grid.
+        """
+        if loop is None:
+            loop = self.prepare(tokens, mask, position_ids, state, action_mask, sample.shape[1])
+        dtype = self.context_in.weight.dtype
+        x = torch.cat([loop.inputs, self.action_in((sample * action_mask).to(dtype))], dim=1)
+        if torch.is_autocast_enabled(x.device.type):
+            # Sums of what all blocks add: bfloat16 would drop the small ones.
+            x = x.float()
+        if loop.final is None or step is None:
+            time = F.silu(self.time_in(flow_time_features(tau).to(x.dtype)))
+            known: list[Tensor | None] = [None] * len(self.blocks)
+        else:
+            time = loop.final
+            known = [modulation[step] for modulation in loop.modulations]
+        for block, modulation in zip(self.blocks, known, strict=True):
+            x = block(x, time, loop.rotary, loop.key_mask, modulation)
+        final = self.final_modulation(time) if loop.final is None or step is None else loop.final[step]
+        shift, scale = final[:, None].chunk(2, dim=-1)
+        actions = F.layer_norm(x[:, -sample.shape[1] :], (x.shape[-1],)) * (1 + scale) + shift
+        # A velocity of 8 bits would be noise in every log-probability; this layer costs nothing.
+        with torch.autocast(x.device.type, enabled=False):
+            velocity: Tensor = self.action_out(actions.to(dtype)).float() * action_mask
+        return velocity
+
+    def prepare(
+        self,
+        tokens: Float[Tensor, "B S D"],
+        mask: Bool[Tensor, "B S"],
+        position_ids: Int[Tensor, "B 3 S"],
+        state: Float[Tensor, "B P"],
+        action_mask: Bool[Tensor, "H K"] | Bool[Tensor, "B H K"],
+        horizon: int,
+        grid: Float[Tensor, " N"] | None = None,
+    ) -> Loop:
+        """What does not depend on the sample.
+
+        Args:
+            grid: flow times of the steps to come; their modulations, a fifth of the weights, are then read once and
+                not at each step.
+        """
+        batch = len(tokens)
         dtype = self.context_in.weight.dtype
         context = self.context_in(tokens.to(dtype))
         if self.positions is not None:
@@ -142,20 +209,16 @@ class Expert(nn.Module):
         if self.state_in is not None:
             parts.append(self.state_in(state.to(dtype))[:, None])
             masks.append(mask.new_ones(batch, 1))
-        parts.append(self.action_in((sample * action_mask).to(dtype)))
         masks.append(action_mask.any(dim=-1).expand(batch, horizon))
-        x, valid = torch.cat(parts, dim=1), torch.cat(masks, dim=1)
+        inputs, valid = torch.cat(parts, dim=1), torch.cat(masks, dim=1)
         # A mask keeps SDPA off its fastest kernel: hand one over only when something is padded.
         key_mask = None if bool(valid.all()) else valid[:, None, None]
-
-        rotary = self._rotary(mask, position_ids, x.shape[1] - tokens.shape[1])
-        time = F.silu(self.time_in(flow_time_features(tau).to(x.dtype)))
-        for block in self.blocks:
-            x = block(x, time, rotary, key_mask)
-        shift, scale = self.final_modulation(time)[:, None].chunk(2, dim=-1)
-        actions = F.layer_norm(x[:, -horizon:], (x.shape[-1],)) * (1 + scale) + shift
-        velocity: Tensor = self.action_out(actions).float() * action_mask
-        return velocity
+        rotary = self._rotary(mask, position_ids, valid.shape[1] - tokens.shape[1])
+        if grid is None:
+            return Loop(inputs, rotary, key_mask)
+        time = F.silu(self.time_in(flow_time_features(grid.to(tokens.device)).to(dtype)))
+        modulations = tuple(block.modulation(time) for block in self.blocks)
+        return Loop(inputs, rotary, key_mask, modulations, self.final_modulation(time))
 
     def _rotary(
         self, mask: Bool[Tensor, "B S"], position_ids: Int[Tensor, "B 3 S"], num_new: int

@@ -72,7 +72,9 @@ class Explorer(nn.Module):
         return mean, self._log_std(raw)
 
     def _run(self, features: Tensor) -> Tensor:
-        made: Tensor = self.layers(features.to(next(self.layers.parameters()).dtype))
+        # A deviation of 8 bits would be noise in every log-probability.
+        with torch.autocast(features.device.type, enabled=False):
+            made: Tensor = self.layers(features.to(next(self.layers.parameters()).dtype))
         return made.reshape(len(made), -1, self.shape.channels)
 
     def _log_std(self, raw: Tensor) -> Tensor:

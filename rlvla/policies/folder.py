@@ -24,6 +24,7 @@ from rlvla.policies.embodiments import Embodiment, load_embodiments, names, save
 from rlvla.policies.exploration import FILE as EXPLORATION
 from rlvla.policies.exploration import load_explorer, save_explorer, take_explorer
 from rlvla.policies.lora import WEIGHTS, adapted, merge, save_adapters, unmerge
+from rlvla.policies.numerics import in_file_precision
 from rlvla.policies.origin import FOLDER as ORIGIN
 from rlvla.policies.origin import Origin
 from rlvla.policies.policy import Policy
@@ -59,7 +60,7 @@ def save_policy(policy: Policy, folder: Path, weights: dict[str, torch.Tensor] |
             # For readers, and so that a copy without the file of the others is noticed.
             config["embodiments"] = names([e.env_spec for e in policy.embodiments])
         (stage / "config.yaml").write_text(OmegaConf.to_yaml(OmegaConf.create(config)))
-        state = dict(policy.state_dict() if weights is None else weights)
+        state = in_file_precision(policy, policy.state_dict() if weights is None else weights)
         explorer, learned = getattr(policy, "explorer", None), take_explorer(state)
         if explorer is not None:
             save_explorer(explorer.shape, learned, stage)

@@ -12,10 +12,11 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from rlvla.config import ConfigError
+from rlvla.config import ComputeConfig, ConfigError, Precision
 from rlvla.policies.action_stats import ActionStats
 from rlvla.policies.folder import check_folder, read_config
 from rlvla.policies.lora import adapted
+from rlvla.policies.numerics import MATRICES, narrow_frozen
 from rlvla.policies.processor import load_tokenizer, train_tokenizer
 from rlvla.policies.prompt import embodiment_prompt
 from rlvla.policies.prompted import PAD_TO, prompts_for_tokenizer
@@ -53,6 +54,8 @@ class Footprint:
     vlm_adapters: int = 0
     """Bytes of its LoRA, which are in ``vlm_bytes`` as well."""
     expert_adapters: int = 0
+    rounded_weights: int = 0
+    """Of the copies in bfloat16 of what is trained in fp32, while a pass runs."""
 
     @property
     def policy_bytes(self) -> int:
@@ -105,12 +108,31 @@ def guess_tokens(policy: QwenVLA, instruction: str) -> int:
     return min(padded, limit) if limit else padded
 
 
-def footprint(policy: QwenVLA, tokens: int) -> Footprint:
-    """Measure an unallocated policy for contexts of ``tokens`` tokens."""
+def footprint(policy: QwenVLA, tokens: int, compute: ComputeConfig | None = None) -> Footprint:
+    """Measure an unallocated policy for contexts of ``tokens`` tokens.
+
+    Args:
+        compute: how it will be run. With bfloat16 what is not trained is narrowed, as if its weights were such that
+            bfloat16 holds them, and activations are still those of fp32: a bound.
+    """
+    compute = compute or ComputeConfig()
     groups = policy.parameter_groups()
-    stored_context, stored_inputs = _stored(policy, tokens)
     block, vlm_layers = _expert_block(policy, tokens), _vlm_layers(policy, tokens)
     blocks = policy.config.expert.num_blocks
+    expert_kept, vlm_kept = blocks * block, sum(count * layer for count, layer in vlm_layers)
+    if compute.recompute:
+        width, length = policy.config.expert.hidden_size, tokens + 1 + policy.horizon
+        expert_kept = blocks * 4 * length * width + block
+        # A layer's input is what it adds to, as wide as the tokens; of vision layers, fewer numbers than that.
+        vlm_kept = sum(count for count, _ in vlm_layers) * 4 * tokens * policy.config.vlm.hidden_size
+        vlm_kept += max(layer for _, layer in vlm_layers)
+    rounded = 0
+    if compute.precision is Precision.bf16:
+        narrow_frozen(policy)
+        policy.precision = compute.precision
+        layers = [layer for layer in policy.modules() if isinstance(layer, MATRICES)]
+        rounded = sum(2 * p.numel() for layer in layers for p in layer.parameters() if p.requires_grad)
+    stored_context, stored_inputs = _stored(policy, tokens)
     return Footprint(
         vlm_parameters=sum(p.numel() for p in groups["vlm"]),
         expert_parameters=sum(p.numel() for p in groups["expert"]),
@@ -123,10 +145,11 @@ def footprint(policy: QwenVLA, tokens: int) -> Footprint:
         stored_context=stored_context,
         stored_inputs=stored_inputs,
         # Half a block more for what is before and behind the blocks, and for gradients on their way back.
-        expert_activations=blocks * block + block // 2,
-        vlm_activations=sum(count * layer for count, layer in vlm_layers),
+        expert_activations=expert_kept + block // 2,
+        vlm_activations=vlm_kept,
         expert_layer=block,
         vlm_layer=max(layer for _, layer in vlm_layers),
+        rounded_weights=rounded,
     )
 
 
@@ -138,9 +161,10 @@ def _stored(policy: QwenVLA, tokens: int) -> tuple[int, int]:
     """One cell of the rollout that the learner gets (`rlvla.rollout.collect`): with its context, with its inputs."""
     spec, entries = policy.env_spec, policy.horizon * policy.channels
     width, state = policy.config.vlm.hidden_size, 4 * spec.state_size
-    element = policy.expert.context_in.weight.element_size()
+    pooled = policy.expert.context_in.weight.element_size()
+    element = 2 if policy.precision is Precision.bf16 else pooled
     mask, index = tokens, 8 * tokens
-    context = element * width * (tokens + 1) + mask + 3 * index + state
+    context = width * (element * tokens + pooled) + mask + 3 * index + state
     pixels = sum(3 * camera.height * camera.width for camera in spec.cameras)
     inputs = 2 * index + mask + 3 * index + pixels + state
     # before, after, mean, log_prob and the mask; step, executed_steps, initial_state, version; valid and four outcomes;

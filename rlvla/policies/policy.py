@@ -14,12 +14,15 @@ from jaxtyping import Bool, Float, Int
 from tensordict import TensorDict
 from torch import Tensor, nn
 
+from rlvla.config import Precision
 from rlvla.policies.action_stats import ActionStats
 from rlvla.policies.base import Context
 from rlvla.policies.embodiments import Embodiment, choose, names
 from rlvla.policies.exploration import GROUP, Explorer
+from rlvla.policies.numerics import NETWORKS, in_own_precision
 from rlvla.policies.origin import Origin
 from rlvla_algos.distribution import NormalBernoulli
+from rlvla_algos.flow import Velocity
 from rlvla_envs.base import EnvSpec, Observation
 
 
@@ -37,6 +40,16 @@ class Policy(nn.Module):
     """The checkpoint it was imported from; it stays with the policy through training."""
     context_groups: frozenset[str] = frozenset({"vlm"})
     frozen_groups: frozenset[str] = frozenset()
+    precision: Precision = Precision.fp32
+    """Of its networks (`rlvla.policies.numerics`)."""
+    narrowed: frozenset[str] = frozenset()
+    """Names of tensors that are kept in bfloat16 in memory alone."""
+
+    def __init_subclass__(cls, **options: Any) -> None:
+        super().__init_subclass__(**options)
+        for name in NETWORKS:
+            if name in vars(cls):
+                setattr(cls, name, in_own_precision(vars(cls)[name]))
 
     def __init__(
         self,
@@ -211,6 +224,11 @@ class PolicyWithFlow(Policy):
         tau: Float[Tensor, " B"],
         step: Int[Tensor, " B"] | None = None,
     ) -> Float[Tensor, "B H K"]: ...
+
+    def denoising(self, context: Context) -> Velocity:
+        """`velocity` for one loop over the denoising steps, without gradients: an architecture can compute once here
+        what the steps share."""
+        return lambda sample, tau, step: self.velocity(context, sample, tau, step)
 
 
 class PolicyWithDistribution(Policy):

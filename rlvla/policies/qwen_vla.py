@@ -15,9 +15,10 @@ from rlvla.policies.action_stats import ActionStats
 from rlvla.policies.architectures import check_name
 from rlvla.policies.backbone import VLMConfig, token_ids, vlm_config, widen_vision
 from rlvla.policies.base import Context
-from rlvla.policies.expert import Expert, ExpertConfig
+from rlvla.policies.expert import Expert, ExpertConfig, Loop
 from rlvla.policies.policy import PolicyWithFlow
 from rlvla.policies.prompted import PromptedPolicy, pool
+from rlvla_algos.flow import Velocity, time_grid
 from rlvla_envs.base import EnvSpec
 
 
@@ -79,9 +80,28 @@ class QwenVLA(PromptedPolicy, PolicyWithFlow):
         sample: Float[Tensor, "B H K"],
         tau: Float[Tensor, " B"],
         step: Int[Tensor, " B"] | None = None,
+        loop: Loop | None = None,
     ) -> Float[Tensor, "B H K"]:
-        del step  # This expert reads tau itself; policies with bucketed times read the step.
-        return self.sequence_velocity(context, sample, tau, self._action_mask)
+        # This expert reads tau itself; policies with bucketed times read the step.
+        velocity: Tensor = self.expert(
+            context.tokens,
+            context.mask,
+            context.position_ids,
+            context.state,
+            sample,
+            self._action_mask,
+            tau,
+            loop,
+            step,
+        )
+        return velocity
+
+    def denoising(self, context: Context) -> Velocity:
+        grid = time_grid(self.num_denoising_steps)[:-1]
+        loop = self.expert.prepare(
+            context.tokens, context.mask, context.position_ids, context.state, self._action_mask, self.horizon, grid
+        )
+        return lambda sample, tau, step: self.velocity(context, sample, tau, step, loop)
 
     def sequence_velocity(
         self,
