@@ -44,8 +44,8 @@ test: setup lint ## everything that must hold: ruff, mypy, all tests
 check: packages lint ## before every commit: ruff, mypy, unit and contract tests without simulators
 	@$(PYTHON) -m pytest -m "not simulator and not slow" tests/unit tests/contract algos
 
-bench: setup ## measure rollout speed, as JSON
-	@$(PYTHON) scripts/bench_rollout.py
+bench: setup ## measure speed layer by layer, write docs/benchmarks/speed.md
+	@$(PYTHON) scripts/bench/run.py
 
 clean: ## remove caches and .venv; runs and datasets stay
 	@rm -rf .venv .mypy_cache .ruff_cache .pytest_cache .hypothesis build dist

@@ -38,11 +38,22 @@ def envs() -> Iterator[Envs]:
 @contextmanager
 def counting(module: Any) -> Iterator[list[int]]:
     """Rows of each pass through a module, which takes them in its first argument or in ``input_ids``."""
+    with counting_both(module) as (rows, _):
+        yield rows
+
+
+@contextmanager
+def counting_both(module: Any) -> Iterator[tuple[list[int], list[int]]]:
+    """`counting`, and of those the passes that keep what a gradient needs."""
     rows: list[int] = []
-    hook = module.register_forward_pre_hook(
-        lambda _, args, kwargs: rows.append(len(args[0] if args else kwargs["input_ids"])), with_kwargs=True
-    )
-    yield rows
+    trained: list[int] = []
+
+    def count(_: Any, args: Any, kwargs: Any) -> None:
+        rows.append(len(args[0] if args else kwargs["input_ids"]))
+        trained.extend(rows[-1:] if torch.is_grad_enabled() else [])
+
+    hook = module.register_forward_pre_hook(count, with_kwargs=True)
+    yield rows, trained
     hook.remove()
 
 
@@ -83,9 +94,10 @@ def test_an_update_with_kept_contexts_runs_no_vlm_and_the_expert_once_a_decision
     policy: Any = make_policy("qwen_vla_toy", envs.spec)
     rollout, learner = play(policy, envs, store_context=True)
     decisions = int(rollout["valid"].sum())
-    with counting(policy.vlm) as encoded, counting(policy.expert) as scored:
+    with counting(policy.vlm) as encoded, counting_both(policy.expert) as (scored, trained):
         learner.update(rollout, 0)
     assert encoded == []
+    assert sum(trained) == EPOCHS * decisions
     # The epochs; the check of the first minibatch's size before them; the measurement of the KL after them.
     checked = min(decisions, ALGO.minibatch_size)
     assert sum(scored) == EPOCHS * decisions + checked + decisions
