@@ -7,7 +7,7 @@ after each branch. docs/adr/0003-expert.md says why.
 """
 
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import NamedTuple, cast
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -217,7 +217,7 @@ class Expert(nn.Module):
         if grid is None:
             return Loop(inputs, rotary, key_mask)
         time = F.silu(self.time_in(flow_time_features(grid.to(tokens.device)).to(dtype)))
-        modulations = tuple(block.modulation(time) for block in self.blocks)
+        modulations = tuple(cast(Block, block).modulation(time) for block in self.blocks)
         return Loop(inputs, rotary, key_mask, modulations, self.final_modulation(time))
 
     def _rotary(

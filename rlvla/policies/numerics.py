@@ -105,7 +105,8 @@ def set_up(policy: Any, config: ComputeConfig, *, narrow: bool = True) -> list[s
     units = blocks_to_run(policy)
     if config.recompute:
         for unit in units:
-            unit.__class__ = _recomputed(type(unit))
+            kind: Any = type(unit)
+            unit.__class__ = _recomputed(kind)
     if config.compile:
         for unit in decoder_blocks(policy):
             # In place: names, parameters and hooks stay. All blocks are one class, so one compilation serves them.
@@ -154,7 +155,7 @@ def narrow_frozen(policy: nn.Module) -> tuple[int, int]:
 
 def in_file_precision(policy: nn.Module, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """A state dict of the policy in the precision that its files have, to the bit."""
-    names = getattr(policy, "narrowed", frozenset())
+    names: frozenset[str] = getattr(policy, "narrowed", frozenset())
     return {name: tensor.float() if name in names else tensor for name, tensor in state.items()}
 
 
