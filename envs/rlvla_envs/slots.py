@@ -5,7 +5,7 @@ A suite derives from `SlottedEnv` and says how a simulation is built and what a 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Generic, NamedTuple, Protocol, TypeVar
 
@@ -26,6 +26,17 @@ class Look(NamedTuple):
     images: tuple[UInt8[np.ndarray, "h w 3"], ...] | None
     """In the order of the spec's cameras; None where nothing was drawn."""
     state: Float[np.ndarray, " S"]
+
+
+class After(NamedTuple):
+    """What a step did beside solving the task."""
+
+    cut: bool = False
+    """The policy has to look before it goes on: the rest of its chunk is not played."""
+    lost: bool = False
+    """The episode is over, and not solved."""
+    metrics: Mapping[str, float] = {}
+    """See `ChunkResult.metrics`."""
 
 
 class World(Protocol):
@@ -92,6 +103,14 @@ class SlottedEnv(Generic[W]):
         """What the policy is told in a running episode."""
         raise NotImplementedError
 
+    def _after(self, slot: Slot[W]) -> After:
+        """Asked after every step."""
+        return After()
+
+    def _see(self, slot: Slot[W]) -> Look:
+        """Draw what is there now; asked of suites that cut chunks."""
+        raise NotImplementedError
+
     def reset(self, slots: Sequence[int], initial_states: Sequence[int]) -> Observation:
         looks = []
         for number, state in zip(slots, initial_states, strict=True):
@@ -123,7 +142,7 @@ class SlottedEnv(Generic[W]):
         slot, limit = self._slots[number], self.spec.max_episode_steps
         if slot.over or slot.world is None:
             raise RuntimeError(f"slot {number} of {self.spec.task} has no running episode; reset it first.")
-        success, executed = False, 0
+        success, executed, after = False, 0, After()
         look: Look | None = None
         for action in np.clip(chunk.astype(np.float64), self._low, self._high):
             slot.elapsed += 1
@@ -131,18 +150,23 @@ class SlottedEnv(Generic[W]):
             # Some simulators take pictures inside a step: that this one is the last has to be known before it.
             last = executed == len(chunk) or slot.elapsed >= limit
             success, look = slot.world.step(action, draw=last or self._render_every_step)
-            if success or last:
+            after = self._after(slot)
+            if success or last or after.cut or after.lost:
                 break
-        truncated = not success and slot.elapsed >= limit
-        slot.over = success or truncated
+        terminated = success or after.lost
+        truncated = not terminated and slot.elapsed >= limit
+        slot.over = terminated or truncated
         assert look is not None
+        if after.cut and look.images is None and not slot.over:
+            look = self._see(slot)
         return ChunkResult(
             observation=self._observation([number], [look]),
             reward=np.array([float(success)], dtype=np.float32),
-            terminated=np.array([success]),
+            terminated=np.array([terminated]),
             truncated=np.array([truncated]),
             success=np.array([success]),
             executed_steps=np.array([executed], dtype=np.int64),
+            metrics={name: np.array([value], dtype=np.float32) for name, value in after.metrics.items()},
         )
 
     def _observation(self, slots: Sequence[int], looks: Sequence[Look]) -> Observation:

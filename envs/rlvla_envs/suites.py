@@ -38,6 +38,8 @@ SUITES = {
     "metaworld_ml45_train": "rlvla_envs.metaworld:MetaWorldEnv",
     "metaworld_ml45_test": "rlvla_envs.metaworld:MetaWorldEnv",
     "robocasa_gr1": "rlvla_envs.robocasa_gr1:RoboCasaGR1Env",
+    "calvin": "rlvla_envs.calvin:CalvinEnv",
+    "vln_ce": "rlvla_envs.vln_ce:missing_simulator",
 }
 
 HELD_OUT = {
@@ -54,6 +56,8 @@ HELD_OUT = {
     "metaworld_ml10_test",
     "metaworld_ml45_test",
     "robocasa_gr1",
+    "calvin",
+    "vln_ce",
 }
 """Suites that are there to be measured on; nothing is trained on them."""
 

@@ -24,7 +24,7 @@ class EvaluateConfig:
     eval: EvalConfig = field(default_factory=EvalConfig)
     smoke_test: bool = False
     """Play the episodes and report no success rate, write no result: the only thing that a suite allows whose assets
-    are stand-ins that `rlvla suites setup` generated."""
+    are stand-ins (`rlvla suites setup robocasa_gr1 stand_ins=true`)."""
     inference_batch: int = 16
     """See `rlvla train`."""
 
