@@ -96,8 +96,11 @@ class Decision(NamedTuple):
 class ChunkPolicy(Protocol):
     """What every policy is, however it decodes actions. Each is a `FlowPolicy` or a `DistributionPolicy`."""
 
-    env_spec: EnvSpec
-    """The conventions it was trained under."""
+    @property
+    def env_spec(self) -> EnvSpec:
+        """The conventions it was trained under; of a policy of several robots, those of the one it is now."""
+        ...
+
     horizon: int
     """H, of the padded action tensor."""
     channels: int

@@ -62,7 +62,7 @@ class Policy(nn.Module):
         channels: int,
     ) -> None:
         super().__init__()
-        self.config, self.env_spec, self.stats, self.tokenizer = config, env_spec, stats, tokenizer
+        self.config, self.tokenizer = config, tokenizer
         self.horizon, self.channels = horizon, channels
         self.embodiments: tuple[Embodiment, ...] = (Embodiment(env_spec, stats),)
         self.embodiment = 0
@@ -76,6 +76,22 @@ class Policy(nn.Module):
         return torch.from_numpy(mask)
 
     # --- embodiments
+
+    @property
+    def env_spec(self) -> EnvSpec:
+        """Of the embodiment it is in."""
+        return self.embodiments[self.embodiment].env_spec
+
+    @property
+    def stats(self) -> ActionStats:
+        """Of the embodiment it is in."""
+        return self.embodiments[self.embodiment].stats
+
+    @stats.setter
+    def stats(self, stats: ActionStats) -> None:
+        held = list(self.embodiments)
+        held[self.embodiment] = Embodiment(self.env_spec, stats)
+        self.embodiments = tuple(held)
 
     def check_embodiment(self, env_spec: EnvSpec) -> None:
         """Raise ValueError where the policy's tensors have no room for another embodiment than its first."""
@@ -101,7 +117,6 @@ class Policy(nn.Module):
     def embody(self, index: int) -> None:
         """Take on one of ``embodiments``: its conventions, its statistics, its mask and its prompts."""
         self.embodiment, chosen = index, self.embodiments[index]
-        self.env_spec, self.stats = chosen.env_spec, chosen.stats
         # Another tensor, not other values: a graph that has not run backwards yet may hold the old one.
         self._action_mask = self._mask_of(chosen.env_spec, chosen.stats).to(self._action_mask.device)
 

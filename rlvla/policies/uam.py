@@ -231,6 +231,8 @@ class UAM(PromptedPolicy, PolicyWithFlow):
         if self.has_dorsal:
             # As many latents as its cameras have.
             self._add_grid(joint.grid_positions)
+            device = self._action_mask.device
+            self._grid, self._places = self._grid.to(device), self._places.to(device)
 
     def initialize(self) -> None:
         widen_vision(self.vlm, self.config.vlm)
@@ -403,9 +405,8 @@ class UAM(PromptedPolicy, PolicyWithFlow):
         self._span = start
         self._grid: Tensor
         self._places: Tensor
-        device = self._action_mask.device
-        self.register_buffer("_grid", torch.cat(grids).to(device), persistent=False)
-        self.register_buffer("_places", torch.cat([seen, foreseen], dim=1).to(device), persistent=False)
+        self.register_buffer("_grid", torch.cat(grids), persistent=False)
+        self.register_buffer("_places", torch.cat([seen, foreseen], dim=1), persistent=False)
 
     _span: int = 0
     """Positions that the latents take after the prompt."""
