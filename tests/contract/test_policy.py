@@ -16,12 +16,13 @@ from tensordict import TensorDict
 from torch import Tensor, nn
 
 from rlvla.acting import Actor, Thought
-from rlvla.config import AlgoConfig, LoraConfig
+from rlvla.config import AlgoConfig, ComputeConfig, LoraConfig, Precision
 from rlvla.learner import Learner
 from rlvla.policies.base import Context, ValueHead, has_distribution, trained_groups
 from rlvla.policies.folder import FILES, load_policy, save_policy
 from rlvla.policies.groups import require_gradients
 from rlvla.policies.lora import adapted, add_lora
+from rlvla.policies.numerics import set_up
 from rlvla.policies.policy import Policy, PolicyWithFlow
 from rlvla.policies.prompted import PromptedPolicy
 from rlvla.samplers import Sampler, training_sampler
@@ -419,6 +420,37 @@ def test_the_policy_loss_reaches_every_parameter_of_the_expert_and_the_backbone(
     named = [(name, p) for name, p in policy.named_parameters() if id(p) not in frozen]
     silent = [name for name, p in named if p.grad is None or not p.grad.any()]
     assert not [name for name in silent if not re.fullmatch(RESTING.get(policy.config.name, ""), name)]
+
+
+def test_recomputing_blocks_on_the_way_back_changes_no_gradient(
+    policy: Policy, observe: Callable[..., Observation]
+) -> None:
+    thought = decide(policy, observe(3))
+    found = []
+    # A block that changes what it is given, such as a cache, would see it changed already the second time.
+    for recompute in (False, True):
+        set_up(policy, ComputeConfig(recompute=recompute))
+        policy.zero_grad()
+        context = policy.encode(thought.batch)
+        sampler_of(policy).score(policy, context, stored_of(thought)).log_prob.square().sum().backward()
+        found.append({name: p.grad.clone() for name, p in policy.named_parameters() if p.grad is not None})
+    assert found[0].keys() == found[1].keys()
+    for name, gradient in found[0].items():
+        torch.testing.assert_close(found[1][name], gradient, atol=1e-5, rtol=1e-4, msg=name)
+
+
+def test_in_bf16_a_policy_scores_what_it_decided_in_fp32_probabilities(
+    policy: Policy, observe: Callable[..., Observation]
+) -> None:
+    set_up(policy, ComputeConfig(precision=Precision.bf16))
+    thought = decide(policy, observe(3))
+    stored = stored_of(thought)
+    likelihood = sampler_of(policy).score(policy, policy.encode(thought.batch), stored)
+    assert likelihood.log_prob.dtype is torch.float32
+    assert thought.context.pooled.dtype is torch.float32
+    gap = sampler_of(policy).gap(likelihood.parameters, stored) * policy.action_mask()
+    # algo.mean_tolerance times what bf16 is allowed.
+    assert float(gap.max()) < 0.1
 
 
 def test_adapters_change_nothing_when_new_and_are_all_trained(
