@@ -166,8 +166,12 @@ def _recomputed(kind: type) -> type:
     The forward is wrapped and not the call, so that hooks, FSDP2's among them, run once.
     """
 
+    from transformers.cache_utils import Cache
+
     def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
-        if not torch.is_grad_enabled():
+        # A block that writes its keys into a cache would write them again.
+        caches = any(isinstance(value, Cache) for value in (*args, *kwargs.values()))
+        if caches or not torch.is_grad_enabled():
             return kind.forward(self, *args, **kwargs)  # type: ignore[attr-defined]
         return checkpoint(
             lambda *inputs: kind.forward(self, *inputs, **kwargs),  # type: ignore[attr-defined]
