@@ -140,7 +140,7 @@ class ToyEnv:
 
     def _move(self, rows: np.ndarray, action: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         start = self._position[rows]
-        length = STEP_LENGTH
+        length: float | np.ndarray = STEP_LENGTH
         if self._has_throttle:
             self._throttle[rows] = np.clip(action[:, 2], MIN_THROTTLE, 1)
             length = STEP_LENGTH * self._throttle[rows, None]

@@ -403,11 +403,11 @@ class UAM(PromptedPolicy, PolicyWithFlow):
         seen = torch.cat(places, dim=1)
         foreseen = seen + torch.tensor([1, 0, 0])[:, None]
         self._span = start
-        self._grid: Tensor
-        self._places: Tensor
         self.register_buffer("_grid", torch.cat(grids), persistent=False)
         self.register_buffer("_places", torch.cat([seen, foreseen], dim=1), persistent=False)
 
+    _grid: Tensor
+    _places: Tensor
     _span: int = 0
     """Positions that the latents take after the prompt."""
 
