@@ -18,7 +18,7 @@ import numpy as np
 from rlvla_envs.base import ActionComponent, Camera, EnvSpec, SuiteConfig
 from rlvla_envs.common import check_options
 from rlvla_envs.slots import After, Look, Slot, SlottedEnv
-from rlvla_envs.suites import Ready
+from rlvla_envs.suites import NotReadyError, Ready
 
 if TYPE_CHECKING:
     from jaxtyping import Float, UInt8
@@ -270,4 +270,5 @@ def _check(config: SuiteConfig) -> None:
 def check_ready(config: SuiteConfig) -> Ready:
     """See `rlvla_envs.suites.check_ready`: it never is."""
     _check(config)
-    raise ValueError(MISSING)
+    # No command would help.
+    raise NotReadyError(MISSING, fix="")

@@ -10,7 +10,7 @@ import pytest
 
 from rlvla.compose import compose
 from rlvla_envs.base import FIRST_TRAINING_STATE, ChunkResult, SuiteConfig
-from rlvla_envs.calvin import ACTION, FILES, HOME, CalvinEnv, check_ready, find_clone
+from rlvla_envs.calvin import ACTION, FILES, HOME, CalvinEnv, check_ready, find_clone, outline
 from rlvla_envs.calvin_tasks import (
     LENGTH,
     ROBOT_START,
@@ -236,6 +236,14 @@ def test_what_cannot_be_is_said_before_a_simulator_is_looked_for(changes: dict[s
     fields = {"name": "calvin", "task": "chains", "max_episode_steps": 1800, **changes}
     with pytest.raises(ValueError, match=complaint):
         check_ready(SuiteConfig(**fields))
+
+
+def test_the_one_task_is_known_by_name_number_and_all(clone: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    # `rlvla suites setup` plays task 0.
+    for task in ("chains", "0", "all"):
+        assert outline(compose("collect", ["suite=calvin", f"suite.task={task}"]).suite) == {"chains": 1000}
+    monkeypatch.setattr(HOME.__class__, "complaint", lambda _: "")
+    assert check_ready(compose("collect", ["suite=calvin", "suite.task=0"]).suite).notes == ()
 
 
 def test_the_yaml_is_the_published_protocol() -> None:

@@ -222,6 +222,6 @@ def test_the_suite_says_plainly_that_there_is_no_simulator() -> None:
     with pytest.raises(ValueError, match="must be one of r2r, rxr"):
         check_ready(SuiteConfig(name="vln_ce", task="r4r"))
     (listed,) = run(compose("suites", ["vln_ce"]))["suites"]
-    assert (listed["status"], listed["role"]) == ("missing", "held-out")
+    assert (listed["status"], listed["role"], listed["fix"]) == ("missing", "held-out", "")
     assert "no simulator here" in listed["found"]
     assert "vln_ce" in HELD_OUT
