@@ -57,7 +57,7 @@ class Actor:
         blocks = self._blocks(observation)
         with _one_thread():
             thoughts = [
-                self._decide_block(observation.take(block), [rngs[i] for i in block[:n]], temperature, sampler)
+                self._decide_block(_taken(observation, block), [rngs[i] for i in block[:n]], temperature, sampler)
                 for block, n in blocks
             ]
         return _concatenate(thoughts, _places(blocks))
@@ -67,7 +67,7 @@ class Actor:
         """Contexts of any number of rows, for values of final observations."""
         blocks = self._blocks(observation)
         with _one_thread():
-            batches = [to_device(self.policy.collate(observation.take(block)), self.device) for block, _ in blocks]
+            batches = [to_device(self.policy.collate(_taken(observation, block)), self.device) for block, _ in blocks]
             contexts = [
                 self.policy.encode(batch).to_tensordict()[:n] for batch, (_, n) in zip(batches, blocks, strict=True)
             ]
@@ -125,6 +125,11 @@ def _one_thread() -> Iterator[None]:
         yield
     finally:
         torch.set_num_threads(threads)
+
+
+def _taken(observation: Observation, rows: list[int]) -> Observation:
+    """Copied only where it is not the observation itself."""
+    return observation if rows == list(range(len(observation))) else observation.take(rows)
 
 
 def _places(blocks: list[tuple[list[int], int]]) -> torch.Tensor:

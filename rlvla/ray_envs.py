@@ -5,7 +5,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 
@@ -22,6 +22,7 @@ from rlvla.recovery import Deadlines, HostGoneError, Incident, Played, Restarts
 from rlvla.workers import Finish, Reply, Round
 from rlvla_envs.base import ChunkResult, Demonstration, EnvSpec, Observation, SuiteConfig
 
+Rows = TypeVar("Rows", Observation, ChunkResult)
 START_ATTEMPTS = 3
 SPARE_ANSWERS_S = 5.0
 """Longest that an idle spare may take to say that it lives."""
@@ -168,10 +169,11 @@ class RayEnvs:
         first = result = None
         if parts.first:
             order = np.argsort(np.concatenate([rows for rows, _ in parts.first]))
-            first = Observation.concatenate([part for _, part in parts.first]).take(order)
+            first = _in_order(Observation.concatenate([part for _, part in parts.first]), order, len(parts.first))
         if parts.result:
             order = np.argsort(np.concatenate([rows for rows, _ in parts.result]))
-            result = ChunkResult.concatenate([part for _, part in parts.result]).take(order)
+            whole = ChunkResult.concatenate([part for _, part in parts.result])
+            result = _in_order(whole, order, len(parts.result))
         for slot, state in zip(todo.restart_slots.tolist(), todo.restart_states.tolist(), strict=True):
             self._played[slot] = Played(state)
         kept = [row for row, slot in enumerate(todo.chunk_slots.tolist()) if slot not in parts.lost]
@@ -469,6 +471,12 @@ class RayEnvs:
         if call.work:
             self._deadlines.took(time.monotonic() - call.started, call.work)
         return answer
+
+
+def _in_order(whole: Rows, order: np.ndarray, num_parts: int) -> Rows:
+    """Rows in the order asked. They come in it unless a worker was replaced; a single part is still Ray's memory, which
+    it would hold, and cannot be written to."""
+    return whole if num_parts > 1 and (order == np.arange(len(order))).all() else whole.take(order)
 
 
 def _cause(error: Exception) -> str:

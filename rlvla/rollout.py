@@ -46,7 +46,8 @@ class _Group:
 
     def __init__(self, slots: Sequence[int]) -> None:
         self.slots = slots
-        self.waiting: dict[int, Observation] = {}
+        self.waiting: dict[int, tuple[Observation, int]] = {}
+        """slot: what it sees, as a row of an observation"""
         self.playing: dict[int, tuple[int, int]] = {}
         """slot: (episode, decision)"""
         self.round: tuple[Finish, list[tuple[int, int, int]], list[int]] | None = None
@@ -69,7 +70,7 @@ class _Group:
         if slots:
             episodes, decisions = self._keys(slots)
             with clock.span(INFER):
-                actions = decide(Observation.concatenate([self.waiting[s] for s in slots]), episodes, decisions)
+                actions = decide(_together([self.waiting[s] for s in slots]), episodes, decisions)
         todo = Round(
             restart_slots=np.array([s for s, _, _ in restarts], dtype=np.int64),
             restart_states=np.array([state for _, _, state in restarts], dtype=np.int64),
@@ -105,16 +106,24 @@ class _Group:
                 del self.playing[slot]
             else:
                 self.playing[slot] = (self.playing[slot][0], self.playing[slot][1] + 1)
-                self.waiting[slot] = reply.result.observation.row(place)
+                self.waiting[slot] = (reply.result.observation, place)
         for place, (slot, episode, _) in enumerate([one for one in restarts if one[0] not in reply.lost]):
             assert reply.first is not None
             self.playing[slot] = (episode, 0)
-            self.waiting[slot] = reply.first.row(place)
+            self.waiting[slot] = (reply.first, place)
         return turn
 
     def _keys(self, slots: Sequence[int]) -> tuple[np.ndarray, np.ndarray]:
         keys = np.array([self.playing[slot] for slot in slots], dtype=np.int64).reshape(-1, 2)
         return keys[:, 0], keys[:, 1]
+
+
+def _together(rows: Sequence[tuple[Observation, int]]) -> Observation:
+    """Rows of observations as one; where they are all of one, in their order, nothing is copied."""
+    first = rows[0][0]
+    if len(rows) == len(first) and all(seen is first and place == i for i, (seen, place) in enumerate(rows)):
+        return first
+    return Observation.concatenate([seen.row(place) for seen, place in rows])
 
 
 def play(

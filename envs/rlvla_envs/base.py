@@ -150,7 +150,13 @@ class Observation:
         return len(self.instruction)
 
     def row(self, i: int) -> Observation:
-        return self.take([i])
+        """One row, from 0; a view, not a copy."""
+        rows = slice(i, i + 1)
+        return Observation(
+            images={name: image[rows] for name, image in self.images.items()},
+            instruction=self.instruction[rows],
+            state=None if self.state is None else self.state[rows],
+        )
 
     def take(self, rows: Sequence[int] | np.ndarray) -> Observation:
         index = np.asarray(rows, dtype=np.int64)
@@ -162,7 +168,10 @@ class Observation:
 
     @staticmethod
     def concatenate(parts: Sequence[Observation]) -> Observation:
+        """All rows in one; a single part is itself, uncopied."""
         first = parts[0]
+        if len(parts) == 1:
+            return first
         return Observation(
             images={name: np.concatenate([p.images[name] for p in parts]) for name in first.images},
             instruction=[text for p in parts for text in p.instruction],
@@ -232,7 +241,10 @@ class Demonstration(NamedTuple):
 
 @runtime_checkable
 class VecEnv(Protocol):
-    """A fixed number of simulators ("slots") of one suite. Episodes are restarted by the caller, never here."""
+    """A fixed number of simulators ("slots") of one suite. Episodes are restarted by the caller, never here.
+
+    Arrays that were handed out are the caller's, who keeps them without a copy: they are never written to again.
+    """
 
     spec: EnvSpec
     num_envs: int

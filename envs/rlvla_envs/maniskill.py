@@ -105,11 +105,26 @@ class ManiSkillEnv:
                 env.reset(seed=int(state))
             self._elapsed[slot] = 0
             self._over[slot] = False
-        return Observation.concatenate([self._observe(slot) for slot in slots])
+        images, states = self._black(len(slots)), []
+        for row, slot in enumerate(slots):
+            self._draw(slot, {name: image[row] for name, image in images.items()})
+            states.append(self._state(self._envs[slot])[0])
+        return Observation(images, [self._instruction] * len(slots), np.stack(states))
 
     def step_chunk(self, slots: Sequence[int], actions: np.ndarray) -> ChunkResult:
-        return ChunkResult.concatenate(
-            [self._step_one(slot, chunk) for slot, chunk in zip(slots, actions, strict=True)]
+        images = self._black(len(slots))
+        ends = [
+            self._step_one(slot, chunk, {name: image[row] for name, image in images.items()})
+            for row, (slot, chunk) in enumerate(zip(slots, actions, strict=True))
+        ]
+        state, terminated, truncated, success, executed = zip(*ends, strict=True)
+        return ChunkResult(
+            observation=Observation(images, [self._instruction] * len(slots), np.stack(state)),
+            reward=np.array(success, dtype=np.float32),
+            terminated=np.array(terminated),
+            truncated=np.array(truncated),
+            success=np.array(success),
+            executed_steps=np.array(executed, dtype=np.int64),
         )
 
     def close(self) -> None:
@@ -129,7 +144,10 @@ class ManiSkillEnv:
         observation = self.reset([0], [initial_state])
         return record_expert(self, observation, expert.act, -1.0, 1.0)
 
-    def _step_one(self, slot: int, chunk: np.ndarray) -> ChunkResult:
+    def _step_one(
+        self, slot: int, chunk: np.ndarray, images: dict[str, np.ndarray]
+    ) -> tuple[np.ndarray, bool, bool, bool, int]:
+        """Run a chunk in a slot and draw its end into ``images``; state, terminated, truncated, success, steps."""
         if self._over[slot]:
             raise RuntimeError(f"slot {slot} of {self.spec.task} has no running episode; reset it first.")
         env = self._envs[slot]
@@ -150,27 +168,20 @@ class ManiSkillEnv:
                 env._get_obs_sensor_data()
         truncated = not terminated and bool(self._elapsed[slot] >= self._max_steps)
         self._over[slot] = terminated or truncated
-        return ChunkResult(
-            observation=self._observe(slot, blank=terminated),
-            reward=np.array([float(success)], dtype=np.float32),
-            terminated=np.array([terminated]),
-            truncated=np.array([truncated]),
-            success=np.array([success]),
-            executed_steps=np.array([executed], dtype=np.int64),
-        )
+        if not terminated:
+            self._draw(slot, images)
+        return self._state(env)[0], terminated, truncated, success, executed
 
-    def _observe(self, slot: int, *, blank: bool = False) -> Observation:
-        env = self._envs[slot]
-        if blank:
-            images = {c.name: np.zeros((1, c.height, c.width, 3), dtype=np.uint8) for c in self.spec.cameras}
-        else:
-            began = time.perf_counter()
-            sensors = env._get_obs_sensor_data()
-            # The tensor is the renderer's own buffer, overwritten by the next picture: copy.
-            images = {name: np.array(data["rgb"].cpu().numpy()) for name, data in sensors.items()}
-            self.render_s += time.perf_counter() - began
-        state, _ = self._state(env)
-        return Observation(images=images, instruction=[self._instruction], state=state[None])
+    def _black(self, number: int) -> dict[str, np.ndarray]:
+        return {c.name: np.zeros((number, c.height, c.width, 3), dtype=np.uint8) for c in self.spec.cameras}
+
+    def _draw(self, slot: int, images: dict[str, np.ndarray]) -> None:
+        """What a slot shows, into an image [h w 3] of each camera."""
+        began = time.perf_counter()
+        for name, data in self._envs[slot]._get_obs_sensor_data().items():
+            # The renderer's own buffer, which its next picture overwrites: this is the one copy.
+            images[name][:] = data["rgb"][0].cpu().numpy()
+        self.render_s += time.perf_counter() - began
 
     @staticmethod
     def _state(env: Any) -> tuple[np.ndarray, list[str]]:

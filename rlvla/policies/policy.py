@@ -10,7 +10,7 @@ from typing import Any, Self
 
 import numpy as np
 import torch
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Bool, Float, Int, UInt8
 from tensordict import TensorDict
 from torch import Tensor, nn
 
@@ -303,6 +303,13 @@ def check_sizes(
     ]
     if problems:
         raise ValueError("the policy does not fit the suite: " + "; ".join(problems) + ".")
+
+
+def camera_views(observation: Observation, cameras: Sequence[str]) -> UInt8[Tensor, "B views h w 3"]:
+    """Images of cameras, in this order; where there is one, the observation's own memory."""
+    images = [observation.images[name] for name in cameras]
+    own = len(images) == 1 and images[0].flags.writeable and images[0].flags.c_contiguous
+    return torch.from_numpy(images[0][:, None] if own else np.stack(images, axis=1))
 
 
 def check_cameras(cameras: Sequence[str], env_spec: EnvSpec) -> None:

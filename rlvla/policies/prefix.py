@@ -20,7 +20,7 @@ from torch.nn import functional as F
 
 from rlvla.policies.action_stats import ActionStats
 from rlvla.policies.base import Context
-from rlvla.policies.policy import PolicyWithFlow, check_cameras, check_sizes
+from rlvla.policies.policy import PolicyWithFlow, camera_views, check_cameras, check_sizes
 from rlvla.policies.prompted import PAD_TO, pool
 from rlvla.policies.suffix_expert import Norm, SuffixExpert, SuffixLayout, flow_time_sines, suffix_mask
 from rlvla_envs.base import EnvSpec, Observation
@@ -271,7 +271,7 @@ class PrefixPolicy(PolicyWithFlow):
             {
                 "input_ids": ids,
                 "mask": mask,
-                "images": torch.from_numpy(np.stack([observation.images[c] for c in cameras], axis=1)),
+                "images": camera_views(observation, cameras),
                 "state": torch.from_numpy(self.pad_state(state)),
             },
             batch_size=[batch],

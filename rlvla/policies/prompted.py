@@ -10,7 +10,7 @@ from tensordict import TensorDict
 from torch import Tensor
 
 from rlvla.policies.action_stats import ActionStats
-from rlvla.policies.policy import Policy, check_cameras, check_sizes
+from rlvla.policies.policy import Policy, camera_views, check_cameras, check_sizes
 from rlvla.policies.processor import patchify, resize
 from rlvla.policies.prompt import embodiment_prompt
 from rlvla_envs.base import Camera, EnvSpec, Observation
@@ -95,7 +95,7 @@ class PromptedPolicy(Policy):
         length = max(self.context_length(text) for text in observation.instruction)
         batch = self._collate([self.prompt(text) for text in observation.instruction], observation, length)
         cameras = self.cameras or [camera.name for camera in self.env_spec.cameras]
-        batch["images"] = torch.from_numpy(np.stack([observation.images[c] for c in cameras], axis=1))
+        batch["images"] = camera_views(observation, cameras)
         return batch
 
     def collate_text(self, observation: Observation, num_actions: Sequence[int]) -> TensorDict:

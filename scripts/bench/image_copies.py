@@ -22,7 +22,7 @@ from rlvla_envs.base import ChunkResult, Observation
 ROOT = Path(__file__).resolve().parents[2]
 SOURCES = tuple(str(ROOT / name) for name in ("rlvla/", "envs/"))
 HELPERS = ("envs/rlvla_envs/base.py",)
-"""Where records are put together; who asked for it is more telling."""
+"""Where records are put together or cut out; who asked for it is more telling."""
 
 Copies = Counter[str]
 """Bytes by place, as "rlvla/rollout.py: begin"."""
@@ -104,8 +104,8 @@ class _Tensors(TorchDispatchMode):
         if not given or name in ("new_zeros", "new_empty", "zeros_like", "empty_like"):
             return made
         if name in ("index_put_", "copy_"):
-            # Written into what is there already: as many bytes as the values have.
-            _count(given[-1].nbytes)
+            # Written into what is there already: as many bytes as the values have, whose leading ones torch drops.
+            _count(args[2 if name == "index_put_" else 1].nbytes)
             return made
         known = {x.untyped_storage().data_ptr() for x in given}
         for tensor in tree_flatten(made)[0]:

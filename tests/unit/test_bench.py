@@ -201,3 +201,26 @@ def test_copies_of_tensors_are_counted_where_they_are_made(load: Any) -> None:
         kept[torch.tensor([True, False, False, False, False, True])]
         torch.cat([images, images])
     assert found.total() == (4 + 2 + 8) * 8 * 8 * 3
+    with copies.counting_copies() as found:
+        kept[torch.tensor([5])] = images[:1]
+    assert found.total() == 8 * 8 * 3
+
+
+def test_an_image_is_copied_into_the_rollout_out_of_it_and_into_a_minibatch_where_slots_go_in_step(load: Any) -> None:
+    data_path = load("data_path")
+    # As many episodes as slots, equally long: no block is filled up, nobody restarts.
+    found = data_path.count("local", "equal", 4, 4, 1)
+    assert found.places == {"rlvla/rollout.py: _arrange": 1.0, "rlvla/learner.py: update": 1.0}
+    assert found.epoch == 1.0
+
+
+def test_images_beside_restarting_slots_are_copied_once_more(load: Any) -> None:
+    found = load("data_path").count("local", "unequal", 4, 12, 1)
+    assert found.epoch == 1.0
+    assert found.places["rlvla/rollout.py: _arrange"] == 1.0
+    assert 0 < found.places["rlvla/rollout.py: _together"] < 1
+    # Without these, only the filling of blocks is copied.
+    assert set(found.places) - {f"rlvla/rollout.py: {name}" for name in ("_arrange", "_together")} == {
+        "rlvla/acting.py: _taken",
+        "rlvla/learner.py: update",
+    }
