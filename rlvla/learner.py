@@ -250,14 +250,14 @@ class Learner:
                 self._value_optimizer.zero_grad(set_to_none=True)
                 measured: dict[str, float] = {}
                 kl = 0.0
-                for number, piece in enumerate(self._passes(part)):
+                for pass_, piece in enumerate(self._passes(part)):
                     demonstrated: Tensor | None = None
-                    if self.cotraining is not None and number == 0:
+                    if self.cotraining is not None and pass_ == 0:
                         demonstrated = self.cotraining.loss(self.sampler, iteration, epoch, num_batches)
                     found, moved = self._descend(piece, data, demonstrated)
                     kl += moved
-                    for name, number_of in found.items():
-                        measured[name] = measured.get(name, 0.0) + number_of
+                    for name, share in found.items():
+                        measured[name] = measured.get(name, 0.0) + share
                 if self.reasoning:
                     # A pass of its own after the first one's memory is free.
                     self._hold_answers(self.reasoning, iteration, epoch, num_batches - before)
@@ -460,7 +460,7 @@ class Learner:
         """Rows of a pass; None where a minibatch is one."""
         if self.compute.pass_tokens is None:
             return None
-        context = data["context" if "context" in data else "batch", "mask"].shape[-1]
+        context: int = data["context" if "context" in data else "batch", "mask"].shape[-1]
         return max(1, self.compute.pass_tokens // (context + self.policy.horizon))
 
     def _rows(self, data: TensorDict) -> int:

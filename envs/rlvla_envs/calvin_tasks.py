@@ -58,7 +58,7 @@ class Chain:
         return {"chain_length": float(self.solved), **shares}
 
 
-_CONDITIONS = {
+_CONDITIONS: dict[str, tuple[int | str, ...]] = {
     "led": (0, 1),
     "lightbulb": (0, 1),
     "slider": ("right", "left"),
@@ -75,8 +75,8 @@ def initial_conditions() -> list[dict[str, int | str]]:
         crowded = max(values.count("slider_right"), values.count("slider_left")) > 1
         return values.count("table") in (1, 2) and not crowded
 
-    found = filter(fits, itertools.product(*_CONDITIONS.values()))
-    return [dict(zip(_CONDITIONS, values, strict=True)) for values in found]
+    every = itertools.product(*_CONDITIONS.values())
+    return [dict(zip(_CONDITIONS, values, strict=True)) for values in every if fits(values)]
 
 
 ROBOT_START = (
