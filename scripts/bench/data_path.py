@@ -55,9 +55,7 @@ def measure(arguments: argparse.Namespace) -> dict[str, Any]:
         "Counted from the array that the world hands out. ManiSkill's has been copied once before, out of the "
         "renderer's buffer, which the next picture overwrites."
     )
-    report.note(
-        f"What one copy costs: {1e6 * seconds_of_a_copy():.1f} us for an image of 64 pixels (its render: 20 ms)."
-    )
+    report.note(f"What one copy costs: {1e6 * seconds_of_a_copy():.1f} us for an image of 64 pixels.")
     return report.finish()
 
 
