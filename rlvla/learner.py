@@ -192,7 +192,7 @@ class Learner:
         if reason:
             metrics = self._critic_epochs(data, iteration) if self.config.has_critic else dict(self._checked)
         else:
-            if self.compute.precision is not Precision.fp32 and not stale:
+            if self.compute.precision is not Precision.fp32:
                 self._score_again(data, iteration)
             self._ask_teacher(data)
             self._held.lend()
@@ -442,26 +442,25 @@ class Learner:
             rows = data[torch.from_numpy(mine).to(data.device)] if len(mine) else _nothing(data)
             yield Minibatch(rows, len(part), float(len(mine) > 0), torch.from_numpy(mine))
 
-    def _passes(self, part: Minibatch) -> list[Minibatch]:
-        """A minibatch in equal parts that fit into ``compute.pass_tokens``, as many on every rank."""
+    def _passes(self, part: Minibatch) -> Iterator[Minibatch]:
+        """A minibatch in equal parts that fit into ``compute.pass_tokens``, as many on every rank. Cut one at a time:
+        together they are a copy of it."""
         most = self._rows_at_once(part.data)
         number = 1 if most is None else int(self.group.largest(-(-len(part.data) // most))[0])
         if number == 1:
-            return [part]
-        pieces = []
+            yield part
+            return
         for rows in np.array_split(np.arange(len(part.data)), number):
             held = len(rows) > 0 and part.weight > 0
             piece = part.data[torch.from_numpy(rows).to(part.data.device)] if len(rows) else _nothing(part.data)
             index = part.index[torch.from_numpy(rows)] if held else part.index[:0]
-            pieces.append(Minibatch(piece, part.rows, float(held), index, part))
-        return pieces
+            yield Minibatch(piece, part.rows, float(held), index, part)
 
     def _rows_at_once(self, data: TensorDict) -> int | None:
         """Rows of a pass; None where a minibatch is one."""
         if self.compute.pass_tokens is None:
             return None
-        context: int = data["context" if "context" in data else "batch", "mask"].shape[-1]
-        return max(1, self.compute.pass_tokens // (context + self.policy.horizon))
+        return max(1, self.compute.pass_tokens // (self.policy.encoded_tokens(data) + self.policy.horizon))
 
     def _rows(self, data: TensorDict) -> int:
         """Rows of a pass without gradients."""
@@ -499,18 +498,23 @@ class Learner:
         with torch.set_grad_enabled(self.group.size == 1):
             for part in self._minibatches(data, iteration, 0):
                 for piece in self._passes(part):
-                    found = self.forward(piece.data).likelihood
+                    again, found = self._scores(piece)
                     if not piece.weight:
                         continue
                     where = piece.index.to(data.device)
-                    log_prob[where] = found.log_prob.detach()
-                    for name, values in found.parameters.items():
+                    log_prob[where] = again
+                    for name, values in found.items():
                         if name not in parameters:
-                            parameters[name] = values.new_empty((len(data), *values.shape[1:])).detach()
-                        parameters[name][where] = values.detach()
+                            parameters[name] = values.new_empty((len(data), *values.shape[1:]))
+                        parameters[name][where] = values
         data["log_prob"] = log_prob
         if parameters:
             self.sampler.recentre(data, parameters)
+
+    def _scores(self, piece: Minibatch) -> tuple[Tensor, dict[str, Tensor]]:
+        """Log-probabilities and parameters of a pass, detached: its graph is gone before the next one's is made."""
+        found = self.forward(piece.data).likelihood
+        return found.log_prob.detach(), {name: values.detach() for name, values in found.parameters.items()}
 
     def _check_finite(self, data: TensorDict) -> None:
         for name in ("advantage", "value_target", "log_prob"):

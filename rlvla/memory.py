@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from rlvla.cluster import OBJECT_STORE_BYTES
-from rlvla.config import ConfigError, DoctorConfig, WorkerKind
+from rlvla.config import ConfigError, DoctorConfig, LearnerStrategy, WorkerKind
 from rlvla.policies.base import trained_groups
 from rlvla.policies.footprint import (
     Footprint,
@@ -210,10 +210,14 @@ def unallocated_policy(config: DoctorConfig, world: World | None) -> tuple[QwenV
         ValueError: neither of the two, a damaged folder, or a policy that does not fit the suite.
     """
     instruction = config.suite.instruction or (world.instruction if world else INSTRUCTION)
+    # As `rlvla.train.prepare` has it: FSDP2 takes one dtype alone.
+    narrow = config.learners.num == 1 or config.learners.strategy is not LearnerStrategy.fsdp
     if is_folder(config.policy):
         policy = load_unallocated(Path(config.policy))
+        if world and len(policy.embodiments) > 1:
+            policy.embody_in(world.spec)
         _add_adapters(policy, config)
-        return policy, footprint(policy, policy.context_length(instruction), config.compute)
+        return policy, footprint(policy, policy.context_length(instruction), config.compute, narrow=narrow)
     architecture = check_policy(config.policy)
     spec = world.spec if world else stand_in_spec(config.suite, architecture.expert.channels)
     size = config.suite.image_size
@@ -221,7 +225,7 @@ def unallocated_policy(config: DoctorConfig, world: World | None) -> tuple[QwenV
         spec = replace(spec, cameras=tuple(replace(c, height=size, width=size) for c in spec.cameras))
     policy = build_unallocated(architecture, spec)
     _add_adapters(policy, config)
-    return policy, footprint(policy, guess_tokens(policy, instruction), config.compute)
+    return policy, footprint(policy, guess_tokens(policy, instruction), config.compute, narrow=narrow)
 
 
 def _add_adapters(policy: QwenVLA, config: DoctorConfig) -> None:

@@ -267,7 +267,8 @@ def collect(
         )
         # Only what was cut off needs a value of its own; any other next value is the next decision's.
         finals += [
-            (int(turn.episode[i]), int(turn.decision[i]), result.observation.row(int(i)))
+            # A copy: a row alone would keep the images of its whole round.
+            (int(turn.episode[i]), int(turn.decision[i]), result.observation.take([int(i)]))
             for i in np.flatnonzero(result.truncated & ~result.terminated & value_final)
         ]
         ended += int(result.done.sum())

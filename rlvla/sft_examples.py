@@ -68,7 +68,7 @@ class Chunks:
         rows = rng.choice(len(self._weight), size=size, p=self._weight)
         seen = observe(self._demonstrations, rows)
         batch = self._policy.collate(seen)
-        _blur_state(batch, rng, self._state_noise)
+        _blur_state(batch, rng, self._state_noise, self._policy.env_spec.state_size)
         if self._policy.auxiliary_weights:
             batch["next"] = next_images(self._policy, self._demonstrations, rows)
         return Drawn(batch, self._action[rows], self._valid[rows], seen)
@@ -100,7 +100,7 @@ class Trajectories:
         rows = rng.integers(len(self._first), size=size)
         seen = observe(self._demonstrations, self._first[rows])
         batch = self._policy.collate_text(seen, self.lengths[rows].tolist())
-        _blur_state(batch, rng, self._state_noise)
+        _blur_state(batch, rng, self._state_noise, self._policy.env_spec.state_size)
         return Drawn(batch, self._action[rows], self._valid[rows], seen)
 
     def velocity(self, context: Context, sample: Tensor, tau: Tensor, valid: Tensor) -> Tensor:
@@ -136,5 +136,7 @@ def frame_weights(demonstrations: Demonstrations, config: SFTConfig) -> np.ndarr
     return probability
 
 
-def _blur_state(batch: TensorDict, rng: np.random.Generator, deviation: float) -> None:
-    batch["state"] = batch["state"] + deviation * torch.from_numpy(normal(rng, *batch["state"].shape))
+def _blur_state(batch: TensorDict, rng: np.random.Generator, deviation: float, size: int) -> None:
+    """Of the robot's own ``size`` channels; a wider policy's padding behind them stays 0, as everywhere."""
+    own, padding = batch["state"][:, :size], batch["state"][:, size:]
+    batch["state"] = torch.cat([own + deviation * torch.from_numpy(normal(rng, *own.shape)), padding], dim=1)

@@ -10,30 +10,40 @@ import hydra
 import numpy as np
 
 
+class Robot:
+    """As the benchmark's, whose reset leaves the last command."""
+
+    def __init__(self):
+        self.state, self.gripper_action = np.zeros(15), 1
+
+    def observation(self):
+        return np.append(self.state[:14], self.gripper_action)
+
+
 class PlayTableSimEnv:
     """The drawer moves by what the first action says."""
 
     def __init__(self, robot_cfg, scene_cfg, cameras, show_gui, use_vr, use_scene_info, use_egl):
         assert not show_gui and not use_vr and not use_egl and use_scene_info
         assert set(cameras) == {"static", "gripper"} and scene_cfg["name"] == "D"
-        self.drawer, self.robot, self.drawn = 0.0, np.zeros(15), 0
+        self.drawer, self.robot, self.drawn = 0.0, Robot(), 0
 
     def reset(self, robot_obs=None, scene_obs=None):
-        self.robot, self.drawer = np.array(robot_obs), float(scene_obs[1])
+        self.robot.state, self.drawer = np.array(robot_obs), float(scene_obs[1])
         return self.get_obs()
 
     def step(self, action):
-        self.robot[14] = action[6]
+        self.robot.gripper_action = action[6]
         assert action[6] in (-1, 1)
         # In place, as the benchmark does.
         action[:3] *= 0.02
-        self.robot[:3] += action[:3]
+        self.robot.state[:3] += action[:3]
         self.drawer += action[0]
         return self.get_obs(), 0, False, self.get_info()
 
     def get_obs(self):
         rgb, depth = self.get_camera_obs()
-        return {"rgb_obs": rgb, "depth_obs": depth, "robot_obs": self.robot.copy(), "scene_obs": np.zeros(24)}
+        return {"rgb_obs": rgb, "depth_obs": depth, "robot_obs": self.robot.observation(), "scene_obs": np.zeros(24)}
 
     def get_info(self):
         return {"scene_info": {"drawer": self.drawer}, "robot_info": {}}
@@ -121,4 +131,5 @@ def write(root: Path) -> Path:
     for path, text in files.items():
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(text)
+    (root / ".git").mkdir()
     return root

@@ -25,6 +25,7 @@ HOME = Home(
     python=(3, 11),
     megabytes=1000,
     download_megabytes=350,
+    newest=(3, 12),  # numpy 1.26
 )
 
 CLONE = "git clone --recurse-submodules https://github.com/mees/calvin"
@@ -77,10 +78,17 @@ class CalvinEnv(SlottedEnv["World"]):
 
     Raises:
         NotReadyError: the clone is not there or not whole.
+        ValueError: ``num_envs`` is not 1. The benchmark builds a part of its robot in the process's first simulation
+            whatever simulation it is making, so the others would lack it.
     """
 
     def __init__(self, config: SuiteConfig, num_envs: int) -> None:
         _check(config)
+        if num_envs != 1:
+            raise ValueError(
+                f"CALVIN was asked for {num_envs} simulations in a process; it must be 1, because the benchmark puts a "
+                "part of every robot into the first. Set workers.envs_per_actor=1 and workers.num_actors for more."
+            )
         self._root = find_clone(config)
         self._size = config.image_size
         self._scene, self._limit = str(config.options.get("scene", SCENE)), _limit(config)
@@ -142,11 +150,23 @@ def find_clone(config: SuiteConfig) -> Path:
         raise NotReadyError(
             f"{root} is no clone of mees/calvin, or one of another version: {absent[0]} is missing.{hint}", fix=CLONE
         )
+    _check_git(root)
     return root
 
 
 def _limit(config: SuiteConfig) -> int:
     return int(config.options.get("subtask_steps", SUBTASK_STEPS))
+
+
+def _check_git(root: Path) -> None:
+    """The benchmark asks git for its own version when a world is made, and breaks where there is none."""
+    above = [root / "calvin_env", root, *root.parents]
+    if not any((folder / ".git").exists() for folder in above):
+        raise NotReadyError(
+            f"{root} is no git repository, which CALVIN asks for its version: clone it, or make it one with `git init "
+            "&& git add -A && git commit -m calvin`.",
+            fix=CLONE,
+        )
 
 
 def _check(config: SuiteConfig) -> None:

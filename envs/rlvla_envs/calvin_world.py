@@ -93,6 +93,8 @@ class World:
         return self._start(condition, tuple(map(str, subtasks)))
 
     def _start(self, condition: dict[str, int | str], subtasks: tuple[str, ...]) -> Look:
+        # Its reset leaves the last command of the episode before, which is a part of the state.
+        self._env.robot.gripper_action = 1
         seen = self._env.reset(robot_obs=np.array(ROBOT_START), scene_obs=scene_start(condition))
         self._chain, self._robot = Chain(subtasks, self._limit), seen["robot_obs"]
         self._before, self.after = self._env.get_info(), After(metrics=self._chain.metrics())

@@ -29,6 +29,7 @@ HOME = Home(
     python=(3, 11),
     megabytes=950,
     download_megabytes=350,
+    newest=(3, 13),  # numba 0.61
 )
 
 DOWNLOAD = "-m robocasa_gr1.scripts.download_tabletop_assets -y"
@@ -122,20 +123,21 @@ def find_assets(prefix: Path) -> Assets:
         NotReadyError: neither; with the command that brings the official ones.
     """
     package, official = _package(prefix), f"{prefix / 'bin/python'} {DOWNLOAD}"
-    absent = missing_files(package / ASSETS)
+    absent = missing_files(package, package / ASSETS)
     if not absent:
         return Assets(package / ASSETS, "")
     if is_current(prefix / STAND_INS):
         return Assets(
             prefix / STAND_INS,
             f"its assets in {prefix / STAND_INS} are boxes and grey pictures that `rlvla suites setup` generated. A "
-            f"score needs the official ones ({official}). Without a score it can be played: smoke_test=true.",
+            f"score needs the official ones ({official}). Without a score: "
+            "`rlvla eval policy=PATH suite=robocasa_gr1 smoke_test=true`.",
         )
     other = " (its stand-ins are of another release of rlvla)" if (prefix / STAND_INS).exists() else ""
     raise NotReadyError(
-        f"robocasa_gr1 has no assets{other}: {len(absent)} files and libraries are missing, the first is {absent[0]}. "
-        f"Download the official ones, gigabytes: {official}. Or, to try things without a score, generate stand-ins: "
-        f"{HOME.cure} stand_ins=true.",
+        f"robocasa_gr1 has no assets{other}: {len(absent)} files and folders of objects are missing, the first is "
+        f"{absent[0]}. Download the official ones, gigabytes: {official}. Or, to try things without a score, generate "
+        f"stand-ins: {HOME.cure} stand_ins=true.",
         fix=official,
     )
 

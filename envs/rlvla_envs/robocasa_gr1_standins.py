@@ -28,27 +28,40 @@ ASSETS = Path("models/assets")
 CATEGORIES = Path("models/objects/kitchen_objects.py")
 REGISTRIES = ("objaverse", "sketchfab", "lightwheel")
 """Libraries of objects that the 24 tasks draw from."""
+DOWNLOADED = ("fixtures", "textures", "generative_textures")
+"""Folders of ``models/assets``, beside ``objects``, that the package's download fills. Its XML names files elsewhere
+too, for kitchens and replaced textures, which nobody can bring and no tabletop task reads."""
 OBJECTS_PER_CATEGORY = 2
 """Tasks hold a part of a category's objects back, which wants more than one."""
 SHELVES = ("tiered_shelf", "tiered_basket")
 """Objects are put on named places of these."""
 
 
-def missing_files(assets: Path) -> list[Path]:
-    """Files that the package's own XML and YAML files name and that are not there, and libraries without an object.
+def missing_files(package: Path, assets: Path) -> list[Path]:
+    """Downloaded files that the package's own XML and YAML files name and that are not there, and categories of objects
+    without one.
 
     Args:
-        assets: folder laid out like the package's ``models/assets``.
+        package: folder of ``robocasa_gr1``.
+        assets: folder laid out like its ``models/assets``.
     """
-    absent = [path for path in sorted(set(_named(assets))) if not path.is_file()]
-    libraries = [assets / "objects" / name for name in REGISTRIES]
-    return absent + [path for path in libraries if next(path.glob("**/model.xml"), None) is None]
+    named = [path for path in sorted(set(_named(assets))) if path.relative_to(assets).parts[0] in DOWNLOADED]
+    absent = [path for path in named if not path.is_file()]
+    table = categories((package / CATEGORIES).read_text())
+    folders = [assets / "objects" / name for names in table.values() for name in names]
+    return absent + [path for path in folders if next(path.glob("**/model.xml"), None) is None]
 
 
 def _named(assets: Path) -> Iterator[Path]:
+    """Files under ``assets`` that its own files name; objects, of which there may be gigabytes, bring theirs along."""
+    objects = assets / "objects"
     for xml in assets.rglob("*.xml"):
+        if objects in xml.parents:
+            continue
         for name in re.findall(r'file="([^"]+)"', xml.read_text()):
-            yield Path(os.path.normpath(xml.parent / name))
+            path = Path(os.path.normpath(xml.parent / name))
+            if path.is_relative_to(assets):
+                yield path
     for yaml in assets.rglob("*.yaml"):
         for name in re.findall(r"\btextures/[\w/.-]+\.png", yaml.read_text()):
             yield assets / name

@@ -28,6 +28,8 @@ class Home:
     megabytes: int
     """On disk, about."""
     download_megabytes: int
+    newest: tuple[int, int] | None = None
+    """Newest Python that all exact versions have wheels for; None where that is not known to end."""
 
     def requirements_file(self) -> Path:
         """Exact versions of everything, one a line, for pip."""

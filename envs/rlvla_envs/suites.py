@@ -105,9 +105,11 @@ def homes() -> dict[str, Home]:
 def stand_in_maker(home: Home) -> Callable[[Path], int] | None:
     """What writes generated assets into an environment's folder and says how many files; None where a suite has its
     own, or nobody wrote such a function."""
-    module = suite_module(next(name for name in SUITES if home_of(name) == home))
-    found: Callable[[Path], int] | None = getattr(module, "make_stand_ins", None)
-    return found
+    for name in SUITES:
+        if home_of(name) == home:
+            found: Callable[[Path], int] | None = getattr(suite_module(name), "make_stand_ins", None)
+            return found
+    return None
 
 
 def interpreter_of(config: SuiteConfig) -> str | None:

@@ -42,6 +42,13 @@ class ComputeConfig:
     """Kernel of all attention; auto lets torch choose. One that cannot run what a model asks for is an error there."""
 
     def __post_init__(self) -> None:
+        half = self.attention in (Attention.flash, Attention.cudnn)
+        require(
+            not half or self.precision is Precision.bf16,
+            "compute.attention",
+            self.attention.value,
+            "auto, efficient or math with precision=fp32: that kernel computes in half precision alone",
+        )
         require(
             self.pass_tokens is None or self.pass_tokens >= 1,
             "compute.pass_tokens",

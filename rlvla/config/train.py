@@ -167,6 +167,12 @@ class TrainConfig:
             "false with learners.num above 1: compiled blocks have not been tried under DDP or FSDP2",
         )
         require(
+            not self.compute.compile or self.schedule is not Schedule["async"],
+            "compute.compile",
+            "true",
+            "false with schedule=async: the copy that collects would run blocks that are not compiled",
+        )
+        require(
             not self.safeguard.enabled or (self.save_every == 1 and self.schedule is not Schedule["async"]),
             "safeguard.enabled",
             True,

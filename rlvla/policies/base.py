@@ -121,6 +121,11 @@ class ChunkPolicy(Protocol):
         beside a longer row a decision's last bits would be others."""
         ...
 
+    def encoded_tokens(self, data: TensorDict) -> int:
+        """Tokens of a row of decisions, stored with its ``context`` or its ``batch``, that an update's pass runs
+        through beside the chunk's own; padding included."""
+        ...
+
     def context_noise(self) -> dict[str, tuple[int, ...]]:
         """Standard normal draws that `encode` reads of each row, by name: ``batch["noise", name]`` is [B, *shape].
 

@@ -84,15 +84,20 @@ def choose(specs: Sequence[EnvSpec], world: EnvSpec, *, right: str = "suite") ->
     fitting = [i for i, spec in enumerate(specs) if not compare_specs(spec, world)]
     # Who trains on two robots of equal conventions tells them apart by their prompts.
     own = [i for i in fitting if same_embodiment(specs[i], world)]
-    if len(own or fitting) == 1:
-        return (own or fitting)[0]
+    # A policy that knows this robot, but not with these conventions, must not act as another robot that has them.
+    known = [i for i, spec in enumerate(specs) if (spec.robot, spec.arms) == (world.robot, world.arms)]
+    if own or not known:
+        if len(own or fitting) == 1:
+            return (own or fitting)[0]
+    else:
+        fitting = []
     listed = "\n".join(f"  {name}: {describe(spec)}" for name, spec in zip(names(specs), specs, strict=True))
     if fitting:
         raise ValueError(
             f"{len(fitting)} of the policy's embodiments have the conventions of the {right}, and none is its robot, "
             f"{world.robot}. The policy has\n{listed}\nTrain a policy on one of them alone for this {right}."
         )
-    nearest = min(range(len(specs)), key=lambda i: len(compare_specs(specs[i], world)))
+    nearest = min(known or range(len(specs)), key=lambda i: len(compare_specs(specs[i], world)))
     try:
         require_match(specs[nearest], world, left=names(specs)[nearest], right=right)
     except ValueError as error:

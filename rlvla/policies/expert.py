@@ -124,6 +124,8 @@ class Block(nn.Module):
 class Expert(nn.Module):
     """Velocity of the action chunk given the VLM's hidden states."""
 
+    fp32_layers = ("action_out",)
+
     def __init__(self, config: ExpertConfig, context_size: int, state_size: int, rope_theta: float) -> None:
         super().__init__()
         d = config.hidden_size
@@ -181,7 +183,7 @@ class Expert(nn.Module):
         actions = F.layer_norm(x[:, -sample.shape[1] :], (x.shape[-1],)) * (1 + scale) + shift
         # A velocity of 8 bits would be noise in every log-probability; this layer costs nothing.
         with torch.autocast(x.device.type, enabled=False):
-            velocity: Tensor = self.action_out(actions.to(dtype)).float() * action_mask
+            velocity: Tensor = self.action_out(actions.to(self.action_out[0].weight.dtype)).float() * action_mask
         return velocity
 
     def prepare(
@@ -238,7 +240,10 @@ class Expert(nn.Module):
             chosen = slice(axis, 3 * self.config.mrope_section[axis], 3)
             merged[..., chosen] = angle[:, axis, :, chosen]
         full = torch.cat([merged, merged], dim=-1)[:, None]
-        dtype = self.context_in.weight.dtype
+        # That of what is rotated: a frozen matrix may be narrower.
+        block = self.blocks[0]
+        assert isinstance(block, Block)
+        dtype = block.query_norm.weight.dtype
         return full.cos().to(dtype), full.sin().to(dtype)
 
 

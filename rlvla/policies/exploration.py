@@ -47,6 +47,8 @@ class Explorer(nn.Module):
     starts at zero: all deviations are then the geometric mean of their bounds, all means 0.
     """
 
+    fp32_layers = ("layers",)
+
     def __init__(self, shape: Shape) -> None:
         super().__init__()
         self.shape = shape

@@ -14,7 +14,8 @@ from torch import Tensor, nn
 
 from rlvla.config import ComputeConfig, ConfigError, Precision
 from rlvla.policies.action_stats import ActionStats
-from rlvla.policies.folder import check_folder, read_config
+from rlvla.policies.embodiments import Embodiment, load_embodiments
+from rlvla.policies.folder import build, check_folder, read_config
 from rlvla.policies.lora import adapted
 from rlvla.policies.numerics import MATRICES, narrow_frozen
 from rlvla.policies.processor import load_tokenizer, train_tokenizer
@@ -71,7 +72,11 @@ def load_unallocated(folder: Path) -> QwenVLA:
     check_folder(folder)
     config, spec = read_config(folder / "config.yaml")
     check_known(config)
-    return build_unallocated(config, spec, load_tokenizer(folder))
+    embodiments, state_width = load_embodiments(Embodiment(spec, _no_stats(spec)), folder)
+    with torch.device("meta"):
+        policy = build(config, embodiments, load_tokenizer(folder), state_width)
+    assert isinstance(policy, QwenVLA)
+    return policy
 
 
 def check_known(config: Any) -> None:
@@ -92,10 +97,13 @@ def build_unallocated(config: QwenVLAConfig, spec: EnvSpec, tokenizer: Any = Non
     check_known(config)
     if tokenizer is None:
         tokenizer = train_tokenizer(prompts_for_tokenizer(spec, [""]), config.vlm.vocab_size)
-    state = np.zeros((2, spec.state_size), np.float32) if spec.state_size else None
-    stats = ActionStats.of(np.zeros((2, spec.action_size), np.float32), state)
     with torch.device("meta"):
-        return QwenVLA(config, spec, stats, tokenizer)
+        return QwenVLA(config, spec, _no_stats(spec), tokenizer)
+
+
+def _no_stats(spec: EnvSpec) -> ActionStats:
+    state = np.zeros((2, spec.state_size), np.float32) if spec.state_size else None
+    return ActionStats.of(np.zeros((2, spec.action_size), np.float32), state)
 
 
 def guess_tokens(policy: QwenVLA, instruction: str) -> int:
@@ -108,12 +116,13 @@ def guess_tokens(policy: QwenVLA, instruction: str) -> int:
     return min(padded, limit) if limit else padded
 
 
-def footprint(policy: QwenVLA, tokens: int, compute: ComputeConfig | None = None) -> Footprint:
+def footprint(policy: QwenVLA, tokens: int, compute: ComputeConfig | None = None, *, narrow: bool = True) -> Footprint:
     """Measure an unallocated policy for contexts of ``tokens`` tokens.
 
     Args:
         compute: how it will be run. With bfloat16 what is not trained is narrowed, as if its weights were such that
             bfloat16 holds them, and activations are still those of fp32: a bound.
+        narrow: as `numerics.set_up` has it.
     """
     compute = compute or ComputeConfig()
     groups = policy.parameter_groups()
@@ -128,10 +137,11 @@ def footprint(policy: QwenVLA, tokens: int, compute: ComputeConfig | None = None
         vlm_kept += max(layer for _, layer in vlm_layers)
     rounded = 0
     if compute.precision is Precision.bf16:
-        narrow_frozen(policy)
+        if narrow:
+            narrow_frozen(policy)
         policy.precision = compute.precision
         layers = [layer for layer in policy.modules() if isinstance(layer, MATRICES)]
-        rounded = sum(2 * p.numel() for layer in layers for p in layer.parameters() if p.requires_grad)
+        rounded = sum(2 * p.numel() for layer in layers for p in layer.parameters() if p.dtype is torch.float32)
     stored_context, stored_inputs = _stored(policy, tokens)
     return Footprint(
         vlm_parameters=sum(p.numel() for p in groups["vlm"]),

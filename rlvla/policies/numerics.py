@@ -127,6 +127,7 @@ def decoder_blocks(policy: Any) -> list[nn.Module]:
 
 def narrow_frozen(policy: nn.Module) -> tuple[int, int]:
     """Keep what is not trained, and what autocast would round before each use, in bfloat16 where that loses nothing.
+    A module names in ``fp32_layers`` what it runs outside autocast.
 
     Files do not change: `in_file_precision` undoes it before a policy is saved.
 
@@ -135,8 +136,14 @@ def narrow_frozen(policy: nn.Module) -> tuple[int, int]:
     """
     done, wide = 0, 0
     names: set[str] = set(getattr(policy, "narrowed", ()))
+    exact = {
+        id(layer)
+        for module in policy.modules()
+        for name in getattr(module, "fp32_layers", ())
+        for layer in getattr(module, name).modules()
+    }
     for prefix, layer in policy.named_modules():
-        if not isinstance(layer, MATRICES):
+        if not isinstance(layer, MATRICES) or id(layer) in exact:
             continue
         for name in ("weight", "bias"):
             tensor = getattr(layer, name)

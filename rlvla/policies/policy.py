@@ -163,6 +163,9 @@ class Policy(nn.Module):
     @abstractmethod
     def context_length(self, instruction: str) -> int: ...
 
+    def encoded_tokens(self, data: TensorDict) -> int:
+        return int(data["context" if "context" in data else "batch", "mask"].shape[-1])
+
     @abstractmethod
     def encode(self, batch: TensorDict) -> Context: ...
 

@@ -58,6 +58,11 @@ class PrefixSizes:
     vision_patch_std: float = 0.02
     """The same for the patch embedding."""
 
+    @property
+    def image_tokens(self) -> int:
+        """Of one camera."""
+        return (self.image_size // self.patch_size) ** 2
+
     def text(self) -> dict[str, Any]:
         """Of the decoder, as its transformers configuration takes them."""
         names = (
@@ -276,6 +281,13 @@ class PrefixPolicy(PolicyWithFlow):
             },
             batch_size=[batch],
         )
+
+    def encoded_tokens(self, data: TensorDict) -> int:
+        text = super().encoded_tokens(data)
+        if "context" in data:
+            return text
+        # Images are in no prompt, and one more is the state's.
+        return text + data["batch", "images"].shape[-4] * self.config.vlm.image_tokens + 1
 
     def context_length(self, instruction: str) -> int:
         """A multiple of PAD_TO text tokens, so that most instructions share a length, and a fixed number of others.

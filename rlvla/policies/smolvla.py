@@ -32,6 +32,10 @@ class SmolVLMSizes(PrefixSizes):
     scale_factor: int = 2
     """Patches that become one image token, on each side: 4 in SmolVLM2."""
 
+    @property
+    def image_tokens(self) -> int:
+        return (self.image_size // (self.patch_size * self.scale_factor)) ** 2
+
     def __post_init__(self) -> None:
         unit = self.patch_size * self.scale_factor
         if self.image_size % unit:

@@ -364,6 +364,10 @@ class UAM(PromptedPolicy, PolicyWithFlow):
         latents = list(self.latents.parameters())
         return groups | ({"latents": latents} if latents else {}) | self.exploration_group()
 
+    def encoded_tokens(self, data: TensorDict) -> int:
+        # Latents that are seen and that are foreseen come after the prompt's.
+        return super().encoded_tokens(data) + (2 * self._num_latents if self.has_dorsal else 0)
+
     def sharding_units(self) -> list[nn.Module]:
         dorsal = [] if self.dorsal is None else list(self.dorsal.layers)
         return [*self.vlm.visual.blocks, *self.vlm.language_model.layers, *dorsal, *self.expert.layers]

@@ -324,6 +324,15 @@ def test_robots_of_equal_conventions_are_told_apart_by_name_or_not_at_all() -> N
         choose([HAND, twin], replace(HAND, robot="third"))
 
 
+def test_a_robot_that_the_policy_knows_does_not_act_as_another_one_that_has_its_conventions() -> None:
+    # The suite's chunk is not that of the other robot's data: an override was forgotten.
+    other = replace(HAND, robot="other", chunk_size=2 * HAND.chunk_size)
+    with pytest.raises(ValueError, match="none of the policy's 2 embodiments has the conventions") as caught:
+        choose([HAND, other], replace(HAND, robot="other"))
+    assert str(2 * HAND.chunk_size) in str(caught.value).split("The nearest")[1]
+    assert choose([HAND, other], other) == 1
+
+
 def test_a_world_of_none_is_refused_with_all_there_are_and_the_nearest() -> None:
     with pytest.raises(ValueError, match="none of the policy's 2 embodiments") as caught:
         choose([POINT, HAND], replace(HAND, control_hz=5.0))

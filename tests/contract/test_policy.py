@@ -292,6 +292,19 @@ def test_the_backbone_finds_every_image_token_it_is_told_of(
 # --- padding
 
 
+def test_no_token_of_a_context_is_forgotten_before_it_is_encoded(
+    policy: Policy, observe: Callable[..., Observation]
+) -> None:
+    batch = policy.collate(observe(2))
+    with torch.no_grad():
+        context = policy.encode(batch).to_tensordict()
+    before = policy.encoded_tokens(TensorDict({"batch": batch}, batch_size=[2]))
+    after = policy.encoded_tokens(TensorDict({"context": context}, batch_size=[2]))
+    assert after >= context["mask"].shape[-1]
+    # Images count although some prompts do not name them. A state's token may be the context's or the chunk's.
+    assert before >= after - 1
+
+
 def test_padded_entries_mean_nothing(policy: Policy, observe: Callable[..., Observation]) -> None:
     mask = policy.action_mask()
     assert mask.shape == (policy.horizon, policy.channels)

@@ -35,9 +35,9 @@ def clone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 @pytest.fixture
 def env(clone: Path) -> Iterator[CalvinEnv]:
-    """Two slots on the stand-in's drawer. Odd chains begin with opening it, which is an action above zero."""
+    """A slot on the stand-in's drawer. Odd chains begin with opening it, which is an action above zero."""
     before, path = set(sys.modules), list(sys.path)
-    world = CalvinEnv(config(subtask_steps=10), 2)
+    world = CalvinEnv(config(subtask_steps=10), 1)
     yield world
     world.close()
     sys.path[:] = path
@@ -94,9 +94,17 @@ def test_the_mean_of_the_metrics_is_the_average_length_and_the_shares_in_a_row()
     assert sum(mean[f"in_a_row_{n}"] for n in range(1, 6)) == pytest.approx(mean["chain_length"])
 
 
-def test_the_hash_is_fowler_noll_vos_first() -> None:
-    # From the authors' list of test vectors.
-    assert (fnv1_32(b""), fnv1_32(b"a"), fnv1_32(b"foobar")) == (0x811C9DC5, 0x050C5D7E, 0x31F0B262)
+def test_the_hash_is_fowler_noll_vos_first_from_zero_as_pyhash_has_it() -> None:
+    # pyhash's own test vectors: of bytes, and of a text, which it reads as UTF-16.
+    assert (fnv1_32(b"test"), fnv1_32("test".encode("utf-16-le"))) == (3698262380, 3910690890)
+    assert fnv1_32(b"") == 0
+
+
+def test_blocks_are_turned_as_the_benchmark_turns_them() -> None:
+    condition: dict[str, int | str] = {"led": 1, "lightbulb": 1, "slider": "left", "drawer": "open"}
+    condition |= {"red_block": "slider_left", "blue_block": "table", "pink_block": "slider_right", "grasped": 0}
+    # Of another port of the benchmark.
+    assert scene_start(condition)[[11, 17, 23]] == pytest.approx([1.88594101, 1.48814344, 1.46839869])
 
 
 def test_a_chain_may_begin_in_192_scenes() -> None:
@@ -142,11 +150,12 @@ def test_the_spec_has_calvins_conventions(env: CalvinEnv) -> None:
     )
     # The other way round than LIBERO and Meta-World.
     assert spec.action[2].convention == "absolute, -1 closed, 1 open"
-    first = env.reset([0, 1], [0, 1])
-    assert first.instruction == ["open the drawer", "close the drawer"]
+    assert env.reset([0], [1]).instruction == ["close the drawer"]
+    first = env.reset([0], [0])
+    assert first.instruction == ["open the drawer"]
     assert {name: image.shape for name, image in first.images.items()} == {
-        "rgb_static": (2, 84, 84, 3),
-        "rgb_gripper": (2, 84, 84, 3),
+        "rgb_static": (1, 84, 84, 3),
+        "rgb_gripper": (1, 84, 84, 3),
     }
     assert first.images["rgb_static"][0].std() > 10
     assert first.state is not None
@@ -213,12 +222,31 @@ def test_the_gripper_is_open_or_closed_and_the_callers_actions_stay_what_they_ar
 def test_training_states_have_chains_of_their_own_and_leave_numpys_generator_alone(env: CalvinEnv) -> None:
     np.random.seed(3)
     before = np.random.get_state()[1]
-    first = env.reset([0, 1], [FIRST_TRAINING_STATE, FIRST_TRAINING_STATE + 1])
-    assert first.instruction == ["open the drawer", "close the drawer"]
+    words = [env.reset([0], [FIRST_TRAINING_STATE + i]).instruction for i in range(2)]
+    assert words == [["open the drawer"], ["close the drawer"]]
     assert np.array_equal(np.random.get_state()[1], before)  # type: ignore[arg-type]
 
 
+def test_a_chain_begins_with_an_open_gripper_whatever_the_one_before_ended_with(env: CalvinEnv) -> None:
+    env.reset([0], [0])
+    env.step_chunk([0], chunk(0.1, -1.0))
+    state = env.reset([0], [1]).state
+    assert state is not None
+    assert state[0, 7] == 1
+
+
 # --- what a user gets wrong
+
+
+def test_several_simulations_in_a_process_are_refused_with_the_cure(clone: Path) -> None:
+    with pytest.raises(ValueError, match=r"asked for 2 simulations.*workers\.envs_per_actor=1"):
+        CalvinEnv(config(), 2)
+
+
+def test_a_clone_without_git_is_refused_before_the_benchmark_breaks_on_it(clone: Path) -> None:
+    (clone / ".git").rmdir()
+    with pytest.raises(NotReadyError, match=r"no git repository, which CALVIN asks for.*git init"):
+        find_clone(config())
 
 
 @pytest.mark.parametrize(

@@ -328,6 +328,7 @@ def test_a_policy_folder_is_not_a_group_outside_sft() -> None:
         ("train", "algo.max_policy_lr=1e-9"),
         ("train", "algo.value_hidden_sizes=[0]"),
         ("train", "suite.image_size=0"),
+        ("train", "compute.attention=flash"),
         ("sft", "policy.num_denoising_steps=0"),
         ("sft", "warmup_steps=-1"),
         ("sft", "weight_decay=-1"),
@@ -423,3 +424,8 @@ def test_names_and_values_of_enumerations_are_one() -> None:
                 value = getattr(value, part)
             if isinstance(value, Enum):
                 assert all(member.name == member.value for member in type(value))
+
+
+def test_blocks_are_not_compiled_for_a_copy_that_would_run_them_uncompiled() -> None:
+    with pytest.raises(ConfigError, match=r"compute.compile.*schedule=async"):
+        compose("train", ["policy=x", "schedule=async", "compute.compile=true"])

@@ -295,6 +295,13 @@ def test_a_package_that_cannot_be_had_is_said_and_leaves_nothing_that_looks_fini
     assert not small_home.is_set_up()
 
 
+def test_a_python_that_the_exact_versions_have_no_wheels_for_is_refused(empty_place: Path) -> None:
+    old = Home(name="old", modules=(), python=(3, 10), megabytes=1, download_megabytes=1, newest=(3, 10))
+    with pytest.raises(ValueError, match=r"old needs Python 3.10 or older.*suite.python=PATH"):
+        set_up(old, trial_timeout_s=None)
+    assert not old.folder().exists()
+
+
 def test_a_disk_without_room_is_said_before_anything_is_made(empty_place: Path) -> None:
     huge = Home(name="huge", modules=(), python=(3, 10), megabytes=10**9, download_megabytes=1)
     with pytest.raises(ValueError, match=r"huge needs 1000000001 MB and .* RLVLA_SUITES=/path"):

@@ -281,6 +281,29 @@ def test_frozen_matrices_in_bf16_change_no_bit_of_what_is_computed(drawn: Any, d
     assert torch.equal(ours.pooled, theirs.pooled)
 
 
+def test_a_frozen_expert_in_bf16_keeps_the_velocity_to_the_bit(drawn: Any, device: str) -> None:
+    wide, narrow = copy.deepcopy(drawn), copy.deepcopy(drawn)
+    for policy in (wide, narrow):
+        policy.requires_grad_(False)
+        policy.precision = Precision.bf16
+    narrow_frozen(narrow)
+    # Its last layer runs outside autocast: rounded, it would be noise in every log-probability.
+    assert {p.dtype for p in narrow.expert.action_out.parameters()} == {torch.float32}
+    batch = wide.collate(synthetic.observe(wide, 3, 0)).to(device)
+    sample, tau = torch.randn(3, wide.horizon, wide.channels).to(device), torch.full((3,), 0.5).to(device)
+    with torch.no_grad():
+        ours, theirs = (policy.velocity(policy.encode(batch), sample, tau) for policy in (narrow, wide))
+    assert float(theirs.abs().max()) > 0
+    assert torch.equal(ours, theirs)
+
+
+def test_a_kernel_of_half_precision_is_refused_with_fp32() -> None:
+    for attention in (Attention.flash, Attention.cudnn):
+        with pytest.raises(ConfigError, match="compute.attention"):
+            ComputeConfig(attention=attention)
+        ComputeConfig(attention=attention, precision=Precision.bf16)
+
+
 def test_weights_that_bf16_would_round_stay_in_fp32(device: str) -> None:
     policy = synthetic.draw_policy(synthetic.policy_config("qwen_vla_toy"), SIZE, device, exact=False)
     require_gradients(policy, ["expert"])

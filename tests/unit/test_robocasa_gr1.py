@@ -136,8 +136,8 @@ def test_everything_in_the_environment_has_an_exact_version() -> None:
 def test_missing_assets_are_counted_and_both_cures_are_named(prefix: Path) -> None:
     # A mesh, a texture of the toaster, a texture of a wall, three libraries of objects.
     package = prefix / "lib/python3.11/site-packages/robocasa_gr1"
-    assert len(missing_files(package / ASSETS)) == 6
-    with pytest.raises(NotReadyError, match=r"6 files and libraries are missing.*stand_ins=true") as caught:
+    assert len(missing_files(package, package / ASSETS)) == 6
+    with pytest.raises(NotReadyError, match=r"6 files and folders of objects are missing.*stand_ins=true") as caught:
         find_assets(prefix)
     assert caught.value.fix == f"{prefix}/bin/python -m robocasa_gr1.scripts.download_tabletop_assets -y"
 
@@ -148,7 +148,7 @@ def test_stand_ins_leave_nothing_missing_and_touch_nothing_official(prefix: Path
     # Three named files, and two objects in each of three libraries.
     assert make_stand_ins(prefix) == 3 + 2 * 3
     assert sorted(package.rglob("*")) == before
-    assert missing_files(prefix / STAND_INS) == []
+    assert missing_files(package, prefix / STAND_INS) == []
     found = find_assets(prefix)
     assert found.folder == prefix / STAND_INS
     assert "download_tabletop_assets" in found.unscored
@@ -158,11 +158,34 @@ def test_stand_ins_leave_nothing_missing_and_touch_nothing_official(prefix: Path
 def test_official_assets_win_over_stand_ins_and_give_a_score(prefix: Path) -> None:
     make_stand_ins(prefix)
     assets = prefix / "lib/python3.11/site-packages/robocasa_gr1" / ASSETS
-    for path in missing_files(assets):
-        whole = path / "cup/cup_0/model.xml" if path.parent.name == "objects" else path
+    for path in missing_files(assets.parents[1], assets):
+        whole = path / "cup_0/model.xml" if path.name == "cup" else path
         whole.parent.mkdir(parents=True, exist_ok=True)
         whole.write_text("<mujoco/>")
     assert find_assets(prefix) == (assets, "")
+
+
+def test_files_that_no_download_brings_are_not_missed_and_nothing_is_written_outside_the_stand_ins(
+    prefix: Path,
+) -> None:
+    package = prefix / "lib/python3.11/site-packages/robocasa_gr1"
+    kitchen = package / ASSETS / "arenas/kitchen.xml"
+    kitchen.parent.mkdir()
+    # Of a kitchen, and outside the assets.
+    kitchen.write_text('<mujoco><mesh file="sink.obj"/><texture file="../../../../../../../ceramic.png"/></mujoco>')
+    assert len(missing_files(package, package / ASSETS)) == 6
+    before = {path for path in prefix.rglob("*") if prefix / STAND_INS not in path.parents}
+    make_stand_ins(prefix)
+    after = {path for path in prefix.rglob("*") if prefix / STAND_INS not in path.parents}
+    assert after - before == {prefix / STAND_INS}
+
+
+def test_a_category_without_an_object_is_missing_though_its_library_has_others(prefix: Path) -> None:
+    package = prefix / "lib/python3.11/site-packages/robocasa_gr1"
+    other = package / ASSETS / "objects" / REGISTRIES[0] / "spoon/spoon_0/model.xml"
+    other.parent.mkdir(parents=True)
+    other.write_text("<mujoco/>")
+    assert package / ASSETS / "objects" / REGISTRIES[0] / "cup" in missing_files(package, package / ASSETS)
 
 
 def test_stand_ins_of_another_release_or_half_written_are_not_taken(prefix: Path) -> None:
