@@ -75,7 +75,7 @@ def _check_python(home: Home) -> None:
     if home.newest is not None and sys.version_info[:2] > home.newest:
         wanted = ".".join(map(str, home.newest))
         raise ValueError(
-            f"{home.name} needs Python {wanted} or older, for its exact versions have no wheels for newer ones; this is "
+            f"{home.name} needs Python {wanted} or older, as its exact versions have no wheels for newer ones; this is "
             f"{sys.version.split()[0]}. Make rlvla's environment with an older Python, or name an interpreter that has "
             "the suite with suite.python=PATH."
         )

@@ -183,7 +183,8 @@ class Expert(nn.Module):
         actions = F.layer_norm(x[:, -sample.shape[1] :], (x.shape[-1],)) * (1 + scale) + shift
         # A velocity of 8 bits would be noise in every log-probability; this layer costs nothing.
         with torch.autocast(x.device.type, enabled=False):
-            velocity: Tensor = self.action_out(actions.to(self.action_out[0].weight.dtype)).float() * action_mask
+            exact = next(self.action_out.parameters()).dtype
+            velocity: Tensor = self.action_out(actions.to(exact)).float() * action_mask
         return velocity
 
     def prepare(

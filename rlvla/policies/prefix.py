@@ -287,7 +287,9 @@ class PrefixPolicy(PolicyWithFlow):
         if "context" in data:
             return text
         # Images are in no prompt, and one more is the state's.
-        return text + data["batch", "images"].shape[-4] * self.config.vlm.image_tokens + 1
+        views: int = data["batch", "images"].shape[-4]
+        images: int = views * self.config.vlm.image_tokens
+        return text + images + 1
 
     def context_length(self, instruction: str) -> int:
         """A multiple of PAD_TO text tokens, so that most instructions share a length, and a fixed number of others.
