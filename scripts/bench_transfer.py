@@ -56,6 +56,11 @@ class Cell:
     def done(self) -> bool:
         return (self.folder / self.finished).exists()
 
+    @property
+    def record(self) -> Path:
+        """The words that the cell was begun with: a page of today's options must not show yesterday's numbers."""
+        return self.folder.with_name(f"{self.name}.json")
+
 
 def main(given: Sequence[str] | None = None) -> None:
     arguments = parse(given)
@@ -68,6 +73,7 @@ def main(given: Sequence[str] | None = None) -> None:
             words = shlex.join([*cell.words, f"output={cell.folder}"])
             print(f"{'done   ' if cell.done else 'missing'} {cell.name}: rlvla {cell.verb} {words}")
         return
+    check_words(cells)
     if not arguments.no_run:
         run(cells, arguments.only, arguments.output)
     print(json.dumps(write_page(cells, arguments)))
@@ -180,6 +186,18 @@ def replaced(words: Sequence[str], **values: object) -> list[str]:
     return [*kept, *(f"{key}={value}" for key, value in given.items())]
 
 
+def check_words(cells: Sequence[Cell]) -> None:
+    """Leave with a message where what is there was made with other options."""
+    for cell in cells:
+        begun = json.loads(cell.record.read_text()) if cell.record.exists() else None
+        if begun is not None and begun != list(cell.words):
+            other = sorted(set(begun) ^ set(cell.words))
+            sys.exit(
+                f"{cell.name} was begun with other settings ({', '.join(other)}). Give the options it was begun with, "
+                f"another --output, or remove {cell.folder} and {cell.record}."
+            )
+
+
 def run(cells: Sequence[Cell], only: Sequence[str], output: Path) -> None:
     """Fill what is missing. A cell whose needs are not there is left out, and named."""
     spent = Minutes(output / "minutes.json")
@@ -193,6 +211,8 @@ def run(cells: Sequence[Cell], only: Sequence[str], output: Path) -> None:
             continue
         if not cell.goes_on:
             shutil.rmtree(cell.folder, ignore_errors=True)
+        cell.record.parent.mkdir(parents=True, exist_ok=True)
+        cell.record.write_text(json.dumps(cell.words))
         spent.on(cell.name, lambda c=cell: rlvla(c.verb, list(c.words), output=c.folder))  # type: ignore[misc]
         done.add(cell.name)
 

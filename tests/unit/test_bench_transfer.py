@@ -104,6 +104,22 @@ def test_what_is_there_is_kept_and_what_is_missing_is_filled(tmp_path: Path, mon
     assert ran == []
 
 
+def test_numbers_that_were_made_with_other_options_are_not_shown_under_todays(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ran = pretend(monkeypatch, tmp_path)
+    few = ["--output", str(tmp_path), "--page", str(tmp_path / "transfer.md"), "--sft-steps", "10", "--only"]
+    bench_transfer.main([*few, "data-simpler_env", "data-libero_spatial", "data-libero_object", "sft"])
+    count = len(ran)
+    with pytest.raises(SystemExit, match=r"sft was begun with other settings \(steps=10, steps=5000\)") as caught:
+        bench_transfer.main(["--output", str(tmp_path), "--page", str(tmp_path / "transfer.md")])
+    assert str(tmp_path / "sft") in str(caught.value)
+    assert len(ran) == count
+    # What is the same goes on.
+    bench_transfer.main([*few, "sft"])
+    assert len(ran) == count
+
+
 def test_a_cell_without_what_it_needs_is_left_out_and_named(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
