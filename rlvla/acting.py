@@ -55,7 +55,7 @@ class Actor:
         """
         sampler = sampler or evaluation_sampler(self.policy)
         blocks = self._blocks(observation)
-        with _one_thread():
+        with one_thread():
             thoughts = [
                 self._decide_block(_taken(observation, block), [rngs[i] for i in block[:n]], temperature, sampler)
                 for block, n in blocks
@@ -66,7 +66,7 @@ class Actor:
     def encode(self, observation: Observation) -> Context:
         """Contexts of any number of rows, for values of final observations."""
         blocks = self._blocks(observation)
-        with _one_thread():
+        with one_thread():
             batches = [to_device(self.policy.collate(_taken(observation, block)), self.device) for block, _ in blocks]
             contexts = [
                 self.policy.encode(batch).to_tensordict()[:n] for batch, (_, n) in zip(batches, blocks, strict=True)
@@ -116,7 +116,7 @@ def context_noise(draws: Mapping[str, np.ndarray], num_rows: int) -> TensorDict:
 
 
 @contextmanager
-def _one_thread() -> Iterator[None]:
+def one_thread() -> Iterator[None]:
     """A block of a small policy gains nothing from a second thread, and beside busy simulators it loses
     sevenfold: the threads wait for each other at every layer. It also fixes the bits."""
     threads = torch.get_num_threads()

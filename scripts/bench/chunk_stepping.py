@@ -10,8 +10,9 @@ import argparse
 from typing import Any
 
 import numpy as np
-from measuring import Report, in_turns, one_thread, over, parser, print_json, rates
+from measuring import Report, in_turns, over, parser, print_json, rates
 
+from rlvla.acting import one_thread
 from rlvla_envs.base import FIRST_TRAINING_STATE, SuiteConfig
 from rlvla_envs.suites import make_env
 

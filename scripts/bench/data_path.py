@@ -17,9 +17,10 @@ from typing import Any, NamedTuple
 import numpy as np
 from image_copies import Followed, FollowedEnv, counting_copies
 from loops import ALGO, INSTRUCTIONS, Iteration, words_of
-from measuring import Report, one_thread, parser, print_json
+from measuring import Report, parser, print_json
 from untrained import untrained_policy
 
+from rlvla.acting import one_thread
 from rlvla.compose import compose
 from rlvla.config import AlgoConfig
 from rlvla.workers import Finish, LocalEnvs, Round, open_envs

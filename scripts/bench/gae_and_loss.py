@@ -9,10 +9,11 @@ import argparse
 from typing import Any
 
 import torch
-from measuring import Report, in_turns, one_thread, over, parser, print_json
+from measuring import Report, in_turns, over, parser, print_json
 from torchrl.objectives.value.functional import generalized_advantage_estimate as torchrl_gae
 from torchrl.objectives.value.functional import vec_generalized_advantage_estimate as torchrl_vec_gae
 
+from rlvla.acting import one_thread
 from rlvla_algos.gae import generalized_advantage_estimate
 from rlvla_algos.ppo import ppo_loss
 

@@ -7,8 +7,7 @@ import statistics
 import sys
 import time
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -177,16 +176,3 @@ def print_json(found: Mapping[str, Any]) -> None:
     for row in (*found["rows"], *found["claims"]):
         print(f"{row['name']:70s}{row['median']:>12.5g}  {row.get('unit', '')}", file=sys.stderr)
     print(json.dumps(found))
-
-
-@contextmanager
-def one_thread() -> Iterator[None]:
-    """Torch computes on one thread, as a rollout does."""
-    import torch
-
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(threads)

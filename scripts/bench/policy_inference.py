@@ -13,12 +13,12 @@ from typing import Any
 import numpy as np
 import torch
 from loops import ALGO, INSTRUCTIONS
-from measuring import Report, in_turns, one_thread, over, parser, print_json, rates
+from measuring import Report, in_turns, over, parser, print_json, rates
 from passes import counting
 from torch.utils.flop_counter import FlopCounterMode
 from untrained import untrained_policy
 
-from rlvla.acting import Actor
+from rlvla.acting import Actor, one_thread
 from rlvla.compose import compose
 from rlvla.config import AlgoConfig
 from rlvla.samplers import training_sampler

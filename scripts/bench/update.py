@@ -13,10 +13,11 @@ from typing import Any
 
 import torch
 from loops import ALGO, INSTRUCTIONS, Iteration, words_of
-from measuring import Report, in_turns, one_thread, over, parser, print_json, rates
+from measuring import Report, in_turns, over, parser, print_json, rates
 from passes import Passes, counting
 from untrained import untrained_policy
 
+from rlvla.acting import one_thread
 from rlvla.compose import compose
 from rlvla.config import AlgoConfig
 from rlvla.policies.base import Context
