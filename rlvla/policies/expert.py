@@ -242,9 +242,8 @@ class Expert(nn.Module):
             merged[..., chosen] = angle[:, axis, :, chosen]
         full = torch.cat([merged, merged], dim=-1)[:, None]
         # That of what is rotated: a frozen matrix may be narrower.
-        block = self.blocks[0]
-        assert isinstance(block, Block)
-        dtype = block.query_norm.weight.dtype
+        norms = (block.query_norm for block in self.blocks if isinstance(block, Block))
+        dtype = next((norm.weight.dtype for norm in norms), torch.float32)
         return full.cos().to(dtype), full.sin().to(dtype)
 
 
