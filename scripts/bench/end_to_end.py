@@ -11,7 +11,7 @@ import argparse
 import statistics
 from typing import Any
 
-from loops import ALGO, INSTRUCTIONS, Iteration, Watched, steps_of, words_of
+from loops import ALGO, INSTRUCTIONS, Iteration, Watched, on_a_suite, steps_of, words_of
 from measuring import Report, in_turns, over, parser, print_json, rates
 from untrained import untrained_policy
 
@@ -24,10 +24,7 @@ KINDS = {"rlvla": "an iteration as rlvla makes it", "naive": "the naive loop"}
 
 
 def arguments_of() -> argparse.ArgumentParser:
-    asked = parser(__doc__ or "")
-    asked.add_argument("--suite", default="push_cube", help="a file of configs/suite")
-    asked.add_argument("--policy", default="qwen_vla_tiny", help="a file of configs/policy")
-    asked.add_argument("--workers", default="default", help="default, or local:SLOTS")
+    asked = on_a_suite(parser(__doc__ or ""))
     asked.add_argument("--episodes", type=int, default=16, help="of an iteration")
     asked.add_argument("--epochs", type=int, help="of the update; the configuration's where not given")
     asked.add_argument("--repeats", type=int, default=3, help="of each kind, after one that is not counted")

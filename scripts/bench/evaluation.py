@@ -11,7 +11,7 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from loops import INSTRUCTIONS, Watched, again, words_of
+from loops import INSTRUCTIONS, Watched, again, on_a_suite, words_of
 from measuring import Report, in_turns, over, parser, print_json, rates
 from untrained import untrained_policy
 
@@ -26,10 +26,7 @@ SMOKE = ["--suite", "toy", "--policy", "qwen_vla_toy", "--workers", "local:2", "
 
 
 def arguments_of() -> argparse.ArgumentParser:
-    asked = parser(__doc__ or "")
-    asked.add_argument("--suite", default="push_cube", help="a file of configs/suite")
-    asked.add_argument("--policy", default="qwen_vla_tiny", help="a file of configs/policy")
-    asked.add_argument("--workers", default="default", help="default, or local:SLOTS")
+    asked = on_a_suite(parser(__doc__ or ""))
     asked.add_argument("--trials", type=int, default=32)
     asked.add_argument("--repeats", type=int, default=3, help="after one that is not counted")
     return asked

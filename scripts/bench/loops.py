@@ -1,5 +1,6 @@
 """Iterations and simulators for the benchmarks: an untrained policy's rollout, and the same rounds without it."""
 
+import argparse
 import copy
 from collections.abc import Sequence
 from typing import Any
@@ -20,6 +21,14 @@ from rlvla.workers import Envs, Finish, Reply, Round
 from rlvla_envs.base import Observation
 
 INSTRUCTIONS = {"toy": "fly through the gap and reach the green goal", "push_cube": "push the blue cube"}
+
+
+def on_a_suite(asked: argparse.ArgumentParser) -> argparse.ArgumentParser:
+    """What `words_of` and an untrained policy take."""
+    asked.add_argument("--suite", default="push_cube", help="a file of configs/suite")
+    asked.add_argument("--policy", default="qwen_vla_tiny", help="a file of configs/policy")
+    asked.add_argument("--workers", default="default", help="default, or local:SLOTS")
+    return asked
 
 
 def words_of(suite: str, workers: str, settings: Sequence[str]) -> list[str]:

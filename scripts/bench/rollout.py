@@ -9,7 +9,7 @@ actors: what is left of the rollout is deciding and bookkeeping.
 import argparse
 from typing import Any
 
-from loops import ALGO, INSTRUCTIONS, Iteration, Watched, again, steps_of, words_of
+from loops import ALGO, INSTRUCTIONS, Iteration, Watched, again, on_a_suite, steps_of, words_of
 from measuring import Report, in_turns, over, parser, print_json, rates
 from untrained import untrained_policy
 
@@ -22,10 +22,7 @@ SMOKE = ["--suite", "toy", "--policy", "qwen_vla_toy", "--workers", "local:2", "
 
 
 def arguments_of() -> argparse.ArgumentParser:
-    asked = parser(__doc__ or "")
-    asked.add_argument("--suite", default="push_cube", help="a file of configs/suite")
-    asked.add_argument("--policy", default="qwen_vla_tiny", help="a file of configs/policy")
-    asked.add_argument("--workers", default="default", help="default, or local:SLOTS")
+    asked = on_a_suite(parser(__doc__ or ""))
     asked.add_argument("--episodes", type=int, default=32)
     asked.add_argument("--repeats", type=int, default=5, help="after one that is not counted")
     return asked

@@ -23,18 +23,9 @@ from rlvla.sft import Imitation
 from rlvla.sft_mixture import Mixture, Source, describe_mixture, embodiments_of, more_sources
 from rlvla_envs.base import ActionComponent, Camera, EnvSpec, Observation, SuiteConfig
 from rlvla_envs.suites import make_env
+from tests.contract.test_policy import POLICIES as EVERY
 
-POLICIES = [
-    "qwen_vla_toy",
-    "uam_toy",
-    "pi0_toy",
-    "pi05_toy",
-    "smolvla_toy",
-    "qwen_gr00t_toy",
-    "qwen_oft_toy",
-    "qwen_pi_toy",
-    "twinbrain_vla_toy",
-]
+POLICIES = [name for name in EVERY if name.endswith("_toy") and name != "vlm4vla_toy"]
 """All that pad; vlm4vla has the sizes of its suite."""
 K = 4
 TEXT = "fly through the gap and reach the green goal"
@@ -269,6 +260,35 @@ def test_datasets_of_one_robot_share_their_statistics() -> None:
     assert [e.env_spec.suite for e in found] == ["toy", "elsewhere"]
     np.testing.assert_allclose(found[0].stats.q01, [1.99, 1.99], rtol=1e-5)
     np.testing.assert_allclose(found[0].stats.q99, [197.01, 197.01], rtol=1e-5)
+
+
+def test_noise_on_a_state_leaves_its_padding_at_zero() -> None:
+    from tensordict import TensorDict
+
+    from rlvla.sft_examples import _blur_state
+
+    batch = TensorDict({"state": torch.zeros(3, 7)}, batch_size=[3])
+    _blur_state(batch, np.random.default_rng(0), 0.1, 5)
+    assert bool((batch["state"][:, :5] != 0).all())
+    assert bool((batch["state"][:, 5:] == 0).all())
+
+
+def test_the_doctor_plans_for_the_robot_of_the_suite(make_policy: Callable[..., Policy], tmp_path: Path) -> None:
+    from rlvla.policies.footprint import load_unallocated
+
+    options = ("policy.expert.channels=4", "policy.expert.context_positions=128")
+    policy = make_policy("qwen_vla_toy", widened(POINT, 7), *options)
+    policy.hold(embodiments_of(SOURCES))
+    save_policy(policy, tmp_path / "policy")
+    planned = load_unallocated(tmp_path / "policy")
+    alone = planned.context_length(TEXT)
+    planned.embody_in(HAND)
+    # Another camera.
+    assert len(planned.env_spec.cameras) == 2
+    assert planned.context_length(TEXT) > alone
+    assert {name: p.shape for name, p in planned.named_parameters()} == {
+        name: p.shape for name, p in policy.named_parameters()
+    }
 
 
 def test_robots_of_equal_prompts_are_pointed_out(make_policy: Callable[..., Policy]) -> None:

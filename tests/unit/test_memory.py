@@ -14,7 +14,7 @@ from tensordict import TensorDict
 
 from rlvla.acting import Actor
 from rlvla.compose import compose
-from rlvla.config import ConfigError, DoctorConfig
+from rlvla.config import ComputeConfig, ConfigError, DoctorConfig, Precision
 from rlvla.learner import Learner
 from rlvla.memory import (
     FULL,
@@ -34,8 +34,9 @@ from rlvla.memory import (
 )
 from rlvla.policies.base import ValueHead, trained_groups
 from rlvla.policies.folder import save_policy
-from rlvla.policies.footprint import Footprint
+from rlvla.policies.footprint import Footprint, footprint, load_unallocated
 from rlvla.policies.lora import add_lora
+from rlvla.policies.numerics import MATRICES
 from rlvla.policies.qwen_vla import QwenVLA
 from rlvla.rollout import collect
 from rlvla.samplers import training_sampler
@@ -355,6 +356,20 @@ def test_where_nothing_helps_nothing_is_promised() -> None:
 def test_a_policy_of_a_folder_keeps_its_image_size(folder: Path) -> None:
     made = plan(f"policy={folder}", gpu_gb=0.001)
     assert "suite.image_size" not in {c.partition("=")[0] for option in made.options for c in option.changes}
+
+
+def test_frozen_weights_that_stay_wide_are_planned_wide(folder: Path) -> None:
+    compute = ComputeConfig(precision=Precision.bf16)
+    found = []
+    for narrow in (True, False):
+        policy = load_unallocated(folder)
+        policy.requires_grad_(False)
+        found.append(footprint(policy, 64, compute, narrow=narrow))
+    matrices = sum(p.numel() for m in policy.modules() if isinstance(m, MATRICES) for p in m.parameters())
+    # Two bytes more of each, and two for autocast's copy.
+    saved = found[1].policy_bytes - found[0].policy_bytes
+    assert 0 < saved <= 2 * matrices
+    assert found[1].rounded_weights == found[0].rounded_weights + saved
 
 
 def test_environments_count_on_the_host_alone() -> None:

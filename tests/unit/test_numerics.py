@@ -255,6 +255,25 @@ def test_in_bf16_every_ratio_of_the_first_step_is_exactly_one(drawn: Any, device
             assert float(kl.abs().max()) == 0
 
 
+def test_in_bf16_stale_decisions_are_scored_by_the_passes_that_learn_from_them_too(drawn: Any, device: str) -> None:
+    case = Case(copy.deepcopy(drawn), device, BF16, epochs=1)
+    rollout = case.play()
+    rollout["version"] = torch.zeros(rollout["valid"].shape, dtype=torch.int64, device=device)
+    forward, ratios = case.learner._descend, []
+
+    def descend(piece: Any, *rest: Any) -> Any:
+        if not ratios:
+            ratios.append((case.learner.forward(piece.data).log_prob - piece.data["log_prob"]).exp())
+        return forward(piece, *rest)
+
+    case.learner._descend = descend  # type: ignore[method-assign]
+    # Scored by the proximal pass it would be what that pass rounds to, in blocks of its own.
+    proximal = case.learner._add_proximal
+    case.learner._add_proximal = lambda data: (proximal(data), data.set("log_prob", data["log_prob"] + 0.01))  # type: ignore[assignment, method-assign, return-value]
+    case.learner.update(rollout, 1)
+    assert bool((ratios[0] == 1).all())
+
+
 def test_gradients_in_bf16_point_where_those_in_fp32_do(drawn: Any, device: str) -> None:
     found = []
     for compute in (ComputeConfig(), BF16):
