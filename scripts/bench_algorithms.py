@@ -5,26 +5,26 @@
 
 On the toy all of them; then the default and the three that were best there on PushCube, as `make train` has it, and
 the first recipe that worked there. A seed is of PPO; demonstrations and SFT are the same for all. Every cell of a
-table plays as many training episodes. What is finished is kept in --output, so a call that was stopped goes on, and
-cells that are missing are filled. Writes the page of algorithms under docs/benchmarks and its figure; the last line
-on stdout is JSON.
+table plays as many training episodes. A call that was stopped goes on with what --output holds. A cell that is finished
+is written into a file beside the page, algorithms-toy.jsonl or algorithms-push_cube.jsonl, and is not run again where
+that file is: hours of cells may be filled on several machines, provided their SFT checkpoints are equal to the bit.
+Writes the page of algorithms under docs/benchmarks and its figures; the last line on stdout is JSON.
 """
 
 import argparse
 import json
 import os
-from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 from learning_curve import steps_to_gain
 from make_train import Minutes, prepare, settings_of
-from toy_cells import EPISODES, ROOT, SFT, TRAIN, collect, columns, fill, finished, gain, sft, train
+from records import Records, curve_of, record_of
+from toy_cells import EPISODES, ROOT, SFT, TRAIN, collect, columns, fill, gain, sft, train
 
 from rlvla.report_page import stand_alone
 from rlvla.run import versions
-from rlvla.run_folder import read_run
 from rlvla.svg import IntervalRow, interval_chart
 from rlvla_algos.statistics import mcnemar_exact, wilson_interval
 
@@ -65,6 +65,8 @@ FIRST_RECIPE = [
 
 
 SEEDS = {"toy": [0, 1, 2, 3, 4], "push_cube": [0, 1, 2]}
+NAMES = {"toy": list(VARIANTS), "push_cube": [*VARIANTS, "first_recipe"]}
+FIGURES = {"toy": PAGE.with_suffix(".svg"), "push_cube": PAGE.with_name("algorithms-push_cube.svg")}
 Found = dict[str, dict[int, dict[str, Any]]]
 """Finished cells by variant and seed."""
 
@@ -78,41 +80,44 @@ def main() -> None:
     parser.add_argument("--output", type=Path, default=ROOT / "runs" / "algorithms")
     parser.add_argument("--no-run", action="store_true", help="write the page from what there is")
     arguments = parser.parse_args()
-    output: Path = arguments.output
-    seeds: list[int] = arguments.seeds or SEEDS[arguments.on]
-    if not arguments.no_run and arguments.on == "toy":
-        data = collect(output, EPISODES)
-        checkpoint = sft(output / "sft", *SFT, "policy=pi0_toy", f"dataset={data}")
-        fill(cells(output, arguments.only or list(VARIANTS), seeds, TRAIN, checkpoint, 1), arguments.parallel)
-    elif not arguments.no_run:
-        recipe = settings_of("push_cube", None)
-        folder = output / "push_cube"
-        checkpoint = prepare(recipe, folder, Minutes(folder / "minutes.json")) / "policy"
-        names = arguments.only or ["default", "first_recipe", *best(found_in(output), 3)]
-        # One after another: a run takes all cores, with its simulators and then with its update.
-        fill(cells(folder, names, seeds, recipe["train"], checkpoint, os.cpu_count() or 1), 1)
-    toy, push_cube = found_in(output), found_in(output / "push_cube")
-    PAGE.write_text(page(toy, push_cube, output))
-    PAGE.with_suffix(".svg").write_text(figure(toy, push_cube))
-    print(json.dumps({name: round(gain(runs)[0], 4) for name, runs in toy.items()}))
+    on: str = arguments.on
+    output: Path = arguments.output / on
+    seeds: list[int] = arguments.seeds or SEEDS[on]
+    recipe = settings_of("push_cube", None)
+    words = {"toy": TRAIN, "push_cube": recipe["train"]}
+    records = {name: Records(PAGE.with_name(f"algorithms-{name}.jsonl")) for name in SEEDS}
+    settings = {name: {one: settings_of_variant(one, words[name]) for one in NAMES[name]} for name in SEEDS}
+    found = {name: records[name].of(settings[name]) for name in SEEDS}
+    if not arguments.no_run:
+        if on == "toy":
+            data = collect(output, EPISODES)
+            checkpoint = sft(output / "sft", *SFT, "policy=pi0_toy", f"dataset={data}")
+        else:
+            checkpoint = prepare(recipe, output, Minutes(output / "minutes.json")) / "policy"
+        names = arguments.only or (list(VARIANTS) if on == "toy" else ["default", "first_recipe", *best(found["toy"])])
+        # On PushCube one after another: a run takes all cores, with its simulators and then with its update.
+        threads, parallel = (1, arguments.parallel) if on == "toy" else (os.cpu_count() or 1, 1)
+        # Seed after seed, so that a call that is stopped has every algorithm once.
+        cells = [
+            (output / f"{name}-{seed}", partial(run, name, seed, settings[on][name], checkpoint, threads, records[on]))
+            for seed in seeds
+            for name in names
+            if seed not in found[on].get(name, {})
+        ]
+        fill(cells, parallel)
+        found[on] = records[on].of(settings[on])
+    for name, cells_of in found.items():
+        if cells_of:
+            write_part(name, cells_of)
+    print(json.dumps({name: round(gain(runs)[0], 4) for name, runs in found[on].items()}))
 
 
-def cells(
-    output: Path, names: list[str], seeds: list[int], words: list[str], checkpoint: Path, threads: int
-) -> list[tuple[Path, Callable[[Path], None]]]:
-    """Seed after seed, so that a call that is stopped has every algorithm once."""
-    return [
-        (output / f"{name}-{seed}", partial(run, settings(name, words), seed, checkpoint, threads))
-        for seed in seeds
-        for name in names
-    ]
-
-
-def run(words: list[str], seed: int, checkpoint: Path, threads: int, cell: Path) -> None:
+def run(name: str, seed: int, words: list[str], checkpoint: Path, threads: int, records: Records, cell: Path) -> None:
     train(cell / "train", *words, f"policy={checkpoint}", f"seed={seed}", threads=threads)
+    records.add(record_of(cell / "train", name, seed, words, checkpoint))
 
 
-def settings(name: str, words: list[str]) -> list[str]:
+def settings_of_variant(name: str, words: list[str]) -> list[str]:
     """``words`` as a variant changes them; what only a critic reads is left out where there is none."""
     if name == "first_recipe":
         return FIRST_RECIPE
@@ -121,20 +126,21 @@ def settings(name: str, words: list[str]) -> list[str]:
     return [*(word for word in words if critic or not word.startswith("algo.value_")), *changed]
 
 
-def found_in(output: Path) -> Found:
-    seeds = range(max(map(len, SEEDS.values())))
-    done = {
-        name: finished({seed: output / f"{name}-{seed}" / "train" for seed in seeds})
-        for name in [*VARIANTS, "first_recipe"]
-    }
-    return {name: runs for name, runs in done.items() if runs}
+def write_part(on: str, found: Found) -> None:
+    """Write one suite's part of the page and its figure; the other part stays as it is."""
+    begin, end = f"<!-- {on} -->\n", f"<!-- end of {on} -->\n"
+    before, _, rest = PAGE.read_text().partition(begin)
+    _, _, after = rest.partition(end)
+    text = on_toy(found) if on == "toy" else on_push_cube(found)
+    PAGE.write_text(f"{before}{begin}{text}{end}{after}")
+    FIGURES[on].write_text(figure(found))
 
 
 def ranked(found: Found) -> list[str]:
     return sorted(found, key=lambda name: -gain(found[name])[0])
 
 
-def best(toy: Found, count: int) -> list[str]:
+def best(toy: Found, count: int = 3) -> list[str]:
     """Of those that every seed has been run for; beside the default."""
     complete = {name: runs for name, runs in toy.items() if len(runs) == len(SEEDS["toy"]) and name != "default"}
     if len(complete) < count:
@@ -142,7 +148,7 @@ def best(toy: Found, count: int) -> list[str]:
     return ranked(complete)[:count]
 
 
-def page(toy: Found, push_cube: Found, output: Path) -> str:
+def on_toy(toy: Found) -> str:
     rows = []
     for name in ranked(toy):
         runs = toy[name].values()
@@ -153,8 +159,7 @@ def page(toy: Found, push_cube: Found, output: Path) -> str:
         rows.append(
             f"| {name} | `{words}` | {' | '.join(columns(toy[name]))} | {ahead} | {steps:,.0f} | {minutes:.2f} |"
         )
-    return f"""# Measured: algorithms
-
+    return f"""
 ## On the toy
 
 All begin with the same SFT checkpoint ({EPISODES} demonstrations), play 12 iterations of 192 training episodes and are
@@ -175,15 +180,13 @@ are wall-clock with other jobs on the machine. Which words do what: [Algorithms]
 
 * SFT: `{" ".join(SFT)} policy=pi0_toy`.
 * The default: `{" ".join(TRAIN)}`.
-{on_push_cube(push_cube, output / "push_cube")}"""  # noqa: E501 - lines of the page
+"""  # noqa: E501 - lines of the page
 
 
-def on_push_cube(found: Found, output: Path) -> str:
-    if not found:
-        return ""
+def on_push_cube(found: Found) -> str:
     rows = []
     for name in ranked(found):
-        curves = [read_run(output / f"{name}-{seed}" / "train").iterations for seed in found[name]]
+        curves = [curve_of(one) for one in found[name].values()]
         steps = ", ".join("never" if one is None else f"{one:,}" for one in steps_to_gain(curves, 0.2))
         minutes = sum(one["minutes"] for one in found[name].values()) / len(found[name])
         ahead = over_default(found, name)
@@ -202,8 +205,10 @@ iterations, succeed 20 points more often than those of the SFT weights.
 |---|---|---|---|---|---|---|---|
 {chr(10).join(rows)}
 
-`scripts/bench_algorithms.py --on push_cube`.
-"""
+![Success after training, with 95% intervals](algorithms-push_cube.svg)
+
+{", ".join(sorted({one["cpu"] for runs in found.values() for one in runs.values()}))}; `scripts/bench_algorithms.py --on push_cube`.
+"""  # noqa: E501 - lines of the page
 
 
 def ahead_of_default(found: Found, name: str) -> tuple[float, float] | None:
@@ -246,9 +251,8 @@ def missing(found: Found) -> str:
     return f"\n**Unfinished.** {' '.join(said)}\n" if said else ""
 
 
-def figure(toy: Found, push_cube: Found) -> str:
-    rows = [interval_row(name, toy[name]) for name in ranked(toy)]
-    rows += [interval_row(f"PushCube: {name}", push_cube[name]) for name in ranked(push_cube)]
+def figure(found: Found) -> str:
+    rows = [interval_row(name, found[name]) for name in ranked(found)]
     return stand_alone(
         interval_chart(title="Success after training", description="All seeds together, Wilson's 95%.", rows=rows)
     )
