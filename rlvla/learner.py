@@ -109,9 +109,11 @@ class Learner:
         self._policy_optimizer = torch.optim.Adam(
             [{"params": groups[name], "lr": rates[name], "initial_lr": rates[name]} for name in trained],
             eps=1e-5,
+            # A third of the time on a CPU, and on a GPU no temporaries as large as what is trained.
+            fused=True,
         )
         # An optimizer of its own: in a critic-only update Adam's momentum must not move the policy.
-        self._value_optimizer = torch.optim.Adam(value_head.parameters(), lr=config.value_lr, eps=1e-5)
+        self._value_optimizer = torch.optim.Adam(value_head.parameters(), lr=config.value_lr, eps=1e-5, fused=True)
         self._lr_scale = 1.0
         self.caution = 1.0
         """Factor on the policy's learning rates and its KL target, which a safeguard lowers."""

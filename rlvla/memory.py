@@ -353,9 +353,8 @@ def standing_items(config: DoctorConfig, size: Footprint) -> list[Item]:
     return items
 
 
-def learner_phases(config: DoctorConfig, size: Footprint, *, on_gpu: bool) -> Iterator[tuple[str, list[Item]]]:
+def learner_phases(config: DoctorConfig, size: Footprint) -> Iterator[tuple[str, list[Item]]]:
     """What the learner holds where its tensors are, by phase."""
-    trained = trained_bytes(config, size)
     rollout = rollout_bytes(config, size)
     always = standing_items(config, size)
     another = Item("another copy of the rollout", (ROLLOUT_COPIES - 1) * rollout)
@@ -368,16 +367,13 @@ def learner_phases(config: DoctorConfig, size: Footprint, *, on_gpu: bool) -> It
             Item(f"the policy on {config.inference_batch} rows (estimate)", forward + size.rounded_weights),
         ],
     )
-    # On a GPU Adam takes all parameters at once, and its denominator is as large as they are.
-    step = trained if on_gpu else 0
+    # Adam's step is fused: it keeps nothing beside its moments.
     activations = activation_bytes(config, size)
-    if max(activations, step) < rollout:
+    if activations < rollout:
         yield "updating", [*always, another]
-    elif activations >= step:
+    else:
         what = f"activations of a minibatch of {config.algo.minibatch_size} (estimate)"
         yield "updating", [*always, Item(what, activations)]
-    else:
-        yield "updating", [*always, Item("Adam's step", step)]
 
 
 def worst_phases(
@@ -395,7 +391,7 @@ def worst_phases(
     for teacher in (config.algo.teacher, config.algo.reasoning_teacher):
         if teacher.policy is not None:
             host[0][1].append(Item("a teacher's weights", weights))
-    learner = list(learner_phases(config, size, on_gpu=on_gpu))
+    learner = list(learner_phases(config, size))
     if on_gpu:
         cuda = Item("CUDA itself", CUDA_DEVICE_MB * MB)
         phases = [Budget("GPU", phase, (*items, cuda), machine.gpu_bytes) for phase, items in learner]

@@ -10,7 +10,8 @@ Whoever acts, saves and loads sees one plain policy, the same object in every ca
 """
 
 import copy
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from itertools import pairwise
 from typing import Any, NamedTuple, cast
 
 import torch
@@ -18,7 +19,7 @@ from jaxtyping import Bool, Float
 from tensordict import TensorDict
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import fully_shard
+from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.nn.parallel import DistributedDataParallel
 
@@ -149,6 +150,11 @@ class Split(Whole):
         self._module = Scorer(self._twin)
         for unit in (*self._twin.sharding_units(), self._module):
             fully_shard(unit, mesh=self._mesh)
+        for unit, following in neighbours(twin, self._twin.sharding_units()):
+            # While one computes, the other's parameters are on their way; without being told, FSDP2 asks for them when
+            # the host comes to that block, which is too late where a block's kernels are short.
+            cast(FSDPModule, unit).set_modules_to_forward_prefetch([cast(FSDPModule, following)])
+            cast(FSDPModule, following).set_modules_to_backward_prefetch([cast(FSDPModule, unit)])
         self._split = [cast(DTensor, parameter) for parameter in twin.parameters()]
 
     def parameter_groups(self) -> dict[str, list[nn.Parameter]]:
@@ -211,6 +217,16 @@ class Split(Whole):
         return distribute_tensor(
             whole.to(like.device, like.dtype), like.device_mesh, like.placements, src_data_rank=None
         )
+
+
+def neighbours(model: nn.Module, units: Sequence[nn.Module]) -> list[tuple[nn.Module, nn.Module]]:
+    """Which of ``units`` always runs right after which: the next one of the same list of blocks.
+
+    Of two stacks the second may not run at all, as the expert does not where only contexts are wanted. What had been
+    gathered for it would be kept, and be old after the next step.
+    """
+    stack = {module: name.rpartition(".")[0] for name, module in model.named_modules()}
+    return [(one, following) for one, following in pairwise(units) if stack[one] == stack[following]]
 
 
 def hold(policy: ChunkPolicy, group: Group, strategy: LearnerStrategy) -> Whole:

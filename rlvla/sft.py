@@ -92,6 +92,7 @@ def fit(
     optimizer = torch.optim.AdamW(
         [{"params": groups[name], "lr": rates[name], "initial_lr": rates[name]} for name in names],
         weight_decay=config.weight_decay,
+        fused=True,
     )
     average: dict[str, torch.Tensor] | None = None
     sampler = evaluation_sampler(policy)

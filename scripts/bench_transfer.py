@@ -89,6 +89,13 @@ def parse(given: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--simpler-demonstrations", type=int, default=480)
     parser.add_argument("--foreign-demonstrations", type=int, default=100, help="of each other suite")
     parser.add_argument("--image-size", type=int, default=160, help="pixels, in SimplerEnv")
+    parser.add_argument(
+        "--foreign-task",
+        action="append",
+        default=[],
+        metavar="SUITE=TASKS",
+        help="as suite.task: some of another suite's tasks, to collect and to compare on; all where not given",
+    )
     parser.add_argument("--foreign-image-size", type=int, default=96, help="pixels, in the other suites")
     parser.add_argument("--foreign-weight", type=float, default=1.0, help="of each other suite; SimplerEnv has 2")
     parser.add_argument("--sft-steps", type=int, default=5000)
@@ -112,6 +119,11 @@ def plan(arguments: argparse.Namespace) -> list[Cell]:
     recipe = settings_of(RECIPE, arguments.policy)
     pixels = {TRAINED: arguments.image_size, HELD_OUT: arguments.image_size}
     pixels |= dict.fromkeys(arguments.foreign, arguments.foreign_image_size)
+    tasks = dict(given.split("=", 1) for given in arguments.foreign_task)
+    if unknown := sorted(tasks.keys() - set(arguments.foreign)):
+        among = ", ".join(arguments.foreign)
+        sys.exit(f"--foreign-task names {', '.join(unknown)}; it must be one of --with: {among}.")
+    chosen = {suite: [f"suite.task={task}"] for suite, task in tasks.items()}
     more_words: dict[str, list[str]] = {}
     for word in arguments.word:
         verb, _, setting = word.partition(":")
@@ -124,7 +136,7 @@ def plan(arguments: argparse.Namespace) -> list[Cell]:
     for suite in (TRAINED, *arguments.foreign):
         count = arguments.simpler_demonstrations if suite == TRAINED else arguments.foreign_demonstrations
         words = [f"suite={suite}", f"suite.image_size={pixels[suite]}", f"episodes={count}"]
-        words += [] if suite == TRAINED else ONE_BY_ONE
+        words += [] if suite == TRAINED else [*chosen.get(suite, []), *ONE_BY_ONE]
         cells.append(cell(f"data-{suite}", "collect", words, "meta/info.json", goes_on=False))
 
     more = ", ".join(
@@ -173,6 +185,7 @@ def plan(arguments: argparse.Namespace) -> list[Cell]:
             "eval.temperature=1.0",
             "eval.videos=0",
             *([f"trained_on=[{TRAINED}]"] if suite == TRAINED else []),
+            *chosen.get(suite, []),
             *(ONE_BY_ONE if foreign else ["workers.envs_per_actor=16"]),
         ]
         cells.append(cell(f"compare-{suite}", "compare", words, "compare.json", needs=("sft", "ppo")))
@@ -240,6 +253,8 @@ def page(before: list[Result], after: list[Result], cells: Sequence[Cell], argum
     table = compared_markdown(compare_results(before, after, [TRAINED]), before, after)
     # One title a page, and no folders of this machine.
     table = table.partition("\n")[2].strip().replace(f"{arguments.output.resolve()}/", "")
+    fewer = [one.replace("=", " only tasks ") for one in arguments.foreign_task]
+    some = f" Of {' and of '.join(fewer)} are collected and compared." if fewer else ""
     minutes = json.loads((arguments.output / "minutes.json").read_text())
     commands = "\n".join(
         shlex.join(["rlvla", cell.verb, *cell.words]).replace(f"{arguments.output.resolve()}/", "") for cell in cells
@@ -258,7 +273,7 @@ robots with other action spaces, cameras and frequencies, in one network ([how](
 demonstrations, but for `{HELD_OUT}`, were in the SFT set.
 
 {arguments.trials} trials at most of each task of SimplerEnv and SimplerEnv-OOD, where initial states are visited again with other noise.
-**Of each task of the other suites {arguments.foreign_trials} of 50 initial states**, once each: fewer than their publications use. One seed of SFT and
+**Of each task of the other suites {arguments.foreign_trials} of 50 initial states**, once each: fewer than their publications use.{some} One seed of SFT and
 PPO: the intervals are of the evaluation and say nothing about other seeds.
 {unmeasured}
 {table}

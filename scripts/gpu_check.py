@@ -259,7 +259,7 @@ class Bench:
         add_lora(empty, config.lora, trained)
         require_gradients(empty, trained)
         size = footprint(empty, self.result["tokens"], config.compute)
-        phases = dict(learner_phases(config, size, on_gpu=True))
+        phases = dict(learner_phases(config, size))
         return sum(item.bytes for item in phases[phase])
 
 

@@ -99,10 +99,13 @@ class Block(nn.Module):
         rotary: tuple[Tensor, Tensor],
         key_mask: Bool[Tensor, "B 1 1 L"] | None,
         modulation: Float[Tensor, "B 6d"] | None = None,
-    ) -> Float[Tensor, "B L d"]:
+        wanted: int | None = None,
+    ) -> Float[Tensor, "B W d"]:
         """
         Args:
             modulation: what ``time`` is modulated to, where that is known; ``time`` is not read then.
+            wanted: W, how many of the last positions are asked for; all L where None. The others are still attended
+                to, and are not computed any further.
         """
         if modulation is None:
             modulation = self.modulation(time)
@@ -112,9 +115,12 @@ class Block(nn.Module):
         q, k, v = self.qkv(h).view(batch, length, 3, self.num_heads, -1).permute(2, 0, 3, 1, 4)
         # Under autocast they are narrower than the norms, which would then take a slow way.
         q, k = (part.to(self.query_norm.weight.dtype) for part in (q, k))
-        q, k = _rotate(self.query_norm(q), rotary), _rotate(self.key_norm(k), rotary)
+        rotary_q = rotary
+        if wanted is not None:
+            x, q, rotary_q = x[:, -wanted:], q[:, :, -wanted:], (rotary[0][:, :, -wanted:], rotary[1][:, :, -wanted:])
+        q, k = _rotate(self.query_norm(q), rotary_q), _rotate(self.key_norm(k), rotary)
         attended = F.scaled_dot_product_attention(q, k, v, attn_mask=key_mask)
-        x = x + gate_a * self.out(attended.transpose(1, 2).reshape(batch, length, d))
+        x = x + gate_a * self.out(attended.transpose(1, 2).reshape(x.shape))
         h = F.layer_norm(x, (d,)) * (1 + scale_f) + shift_f
         value, gate = self.ffn_in(h).chunk(2, dim=-1)
         y: Tensor = x + gate_f * self.ffn_out(F.silu(gate) * value)
@@ -176,11 +182,14 @@ class Expert(nn.Module):
         else:
             time = loop.final
             known = [modulation[step] for modulation in loop.modulations]
-        for block, modulation in zip(self.blocks, known, strict=True):
-            x = block(x, time, loop.rotary, loop.key_mask, modulation)
+        horizon = sample.shape[1]
+        for number, (block, modulation) in enumerate(zip(self.blocks, known, strict=True), 1):
+            # Only the chunk is read behind the last block: what it makes of the context would be thrown away.
+            wanted = horizon if number == len(self.blocks) else None
+            x = block(x, time, loop.rotary, loop.key_mask, modulation, wanted)
         final = self.final_modulation(time) if loop.final is None or step is None else loop.final[step]
         shift, scale = final[:, None].chunk(2, dim=-1)
-        actions = F.layer_norm(x[:, -sample.shape[1] :], (x.shape[-1],)) * (1 + scale) + shift
+        actions = F.layer_norm(x[:, -horizon:], (x.shape[-1],)) * (1 + scale) + shift
         # A velocity of 8 bits would be noise in every log-probability; this layer costs nothing.
         with torch.autocast(x.device.type, enabled=False):
             exact = next(self.action_out.parameters()).dtype

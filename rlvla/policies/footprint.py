@@ -128,10 +128,12 @@ def footprint(policy: QwenVLA, tokens: int, compute: ComputeConfig | None = None
     groups = policy.parameter_groups()
     block, vlm_layers = _expert_block(policy, tokens), _vlm_layers(policy, tokens)
     blocks = policy.config.expert.num_blocks
-    expert_kept, vlm_kept = blocks * block, sum(count * layer for count, layer in vlm_layers)
+    last = _expert_block(policy, tokens, wanted=policy.config.expert.horizon)
+    expert_kept, vlm_kept = (blocks - 1) * block + last, sum(count * layer for count, layer in vlm_layers)
     if compute.recompute:
         width, length = policy.config.expert.hidden_size, tokens + 1 + policy.horizon
         expert_kept = blocks * 4 * length * width + block
+        last = block
         # A layer's input is what it adds to, as wide as the tokens; of vision layers, fewer numbers than that.
         vlm_kept = sum(count for count, _ in vlm_layers) * 4 * tokens * policy.config.vlm.hidden_size
         vlm_kept += max(layer for _, layer in vlm_layers)
@@ -154,8 +156,9 @@ def footprint(policy: QwenVLA, tokens: int, compute: ComputeConfig | None = None
         tokens=tokens,
         stored_context=stored_context,
         stored_inputs=stored_inputs,
-        # Half a block more for what is before and behind the blocks, and for gradients on their way back.
-        expert_activations=expert_kept + block // 2,
+        # Half the last block more for what is before and behind the blocks, and for gradients on their way back: they
+        # are in that block when most is held.
+        expert_activations=expert_kept + last // 2,
         vlm_activations=vlm_kept,
         expert_layer=block,
         vlm_layer=max(layer for _, layer in vlm_layers),
@@ -183,7 +186,7 @@ def _stored(policy: QwenVLA, tokens: int) -> tuple[int, int]:
     return context + common, inputs + common
 
 
-def _expert_block(policy: QwenVLA, tokens: int) -> int:
+def _expert_block(policy: QwenVLA, tokens: int, wanted: int | None = None) -> int:
     config = policy.config.expert
     length = tokens + (policy.expert.state_in is not None) + config.horizon
     with torch.device("meta"):
@@ -192,7 +195,7 @@ def _expert_block(policy: QwenVLA, tokens: int) -> int:
         angle = torch.empty(ROWS, 1, length, config.hidden_size // config.num_heads)
         mask = torch.empty(ROWS, 1, 1, length, dtype=torch.bool)
     block = policy.expert.blocks[0]
-    return _kept(block, lambda: block(x, time, (angle, angle), mask))
+    return _kept(block, lambda: block(x, time, (angle, angle), mask, wanted=wanted))
 
 
 def _vlm_layers(policy: QwenVLA, tokens: int) -> list[tuple[int, int]]:

@@ -13,7 +13,7 @@ from torch import nn
 from rlvla.compose import compose
 from rlvla.policies.action_stats import ActionStats
 from rlvla.policies.base import ValueHead
-from rlvla.policies.expert import Expert, ExpertConfig, _rotate, flow_time_features
+from rlvla.policies.expert import Block, Expert, ExpertConfig, _rotate, flow_time_features
 from rlvla.policies.processor import SPECIAL_TOKENS, load_tokenizer, patchify, train_tokenizer
 from rlvla.policies.prompt import embodiment_prompt
 from rlvla.policies.prompted import prompts_for_tokenizer
@@ -229,6 +229,37 @@ def test_the_experts_rotary_positions_equal_those_of_the_backbone(
     torch.testing.assert_close(sin[:, 0], expected_sin, atol=1e-5, rtol=0)
     rotated, _ = apply_rotary_pos_emb(x, x, expected_cos, expected_sin)
     torch.testing.assert_close(_rotate(x, (cos, sin)), rotated, atol=1e-5, rtol=0)
+
+
+def test_a_last_block_that_is_asked_for_the_chunk_alone_says_the_same_of_it() -> None:
+    config = ExpertConfig(hidden_size=24, num_blocks=2, num_heads=2, ffn_size=40, channels=3, mrope_section=(2, 2, 2))
+    torch.manual_seed(0)
+    expert = Expert(config, context_size=8, state_size=5, rope_theta=100.0).double()
+    for parameter in expert.parameters():
+        torch.nn.init.normal_(parameter, std=0.3)
+    mask = torch.ones(2, 6, dtype=torch.bool)
+    mask[1, :2] = False
+    tokens, state, sample = torch.randn(2, 6, 8), torch.randn(2, 5), torch.randn(2, 4, 3)
+    tokens, state, sample = tokens.double(), state.double(), sample.double().requires_grad_()
+    positions = torch.arange(6).expand(2, 3, 6)
+    tau, action_mask = torch.tensor([0.2, 0.7]).double(), torch.ones(4, 3, dtype=torch.bool)
+    wanted: list[int | None] = []
+
+    def gradients(everything: bool) -> list[torch.Tensor]:
+        with pytest.MonkeyPatch.context() as patch:
+            plain = Block.forward
+
+            def forward(self: Block, *given: Any) -> torch.Tensor:
+                wanted.append(given[-1])
+                return plain(self, *given[:-1], None) if everything else plain(self, *given)
+
+            patch.setattr(Block, "forward", forward)
+            velocity = expert(tokens, mask, positions, state, sample, action_mask, tau)
+        return [velocity, *torch.autograd.grad(velocity.square().sum(), [sample, *expert.parameters()])]
+
+    for lean, whole in zip(gradients(False), gradients(True), strict=True):
+        torch.testing.assert_close(lean, whole, rtol=1e-10, atol=1e-12)
+    assert wanted == [None, 4] * 2
 
 
 def test_flow_time_features_by_hand() -> None:

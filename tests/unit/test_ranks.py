@@ -27,7 +27,7 @@ from rlvla.config import (
 )
 from rlvla.forward_sampler import VELOCITY, ForwardSampler, objective_sampler
 from rlvla.learner import InvariantError, Learner
-from rlvla.parallel import score
+from rlvla.parallel import neighbours, score
 from rlvla.policies.base import Context, ValueHead
 from rlvla.policies.folder import load_policy, save_policy
 from rlvla.policies.groups import require_gradients
@@ -115,6 +115,12 @@ class SmallDistribution(SmallPolicy):
     def parameter_groups(self) -> dict[str, list[nn.Parameter]]:
         groups = super().parameter_groups()
         return groups | {"expert": [*groups["expert"], self.log_std]}
+
+
+def test_a_block_is_gathered_ahead_only_within_its_own_stack() -> None:
+    policy = new_policy()
+    pairs = neighbours(policy, policy.sharding_units())
+    assert pairs == [(policy.vlm[0], policy.vlm[1]), (policy.expert[0], policy.expert[1])]
 
 
 def parts(policy: nn.Module, group: Group, strategy: LearnerStrategy, **changes: Any) -> Learner:
