@@ -230,6 +230,8 @@ def _merge(verb: str, overrides: Sequence[str]) -> Any:
         raise ConfigError(f"{verb!r} is not a verb; verbs: {', '.join(SCHEMAS)}.")
     overrides = expand(verb, overrides)
     _register_schemas()
+    if verb == "sft":
+        _register_policies()
     words = read_words(verb, overrides, suite_files())
     asked, verb, overrides = verb, words.schema, words.settings
     _check_keys(asked, verb, [*overrides, *(word for own in words.suites.values() for word in own)])
@@ -276,12 +278,21 @@ def _register_schemas() -> None:
     """Into Hydra's store, which is the process's: half of what composing takes, so once."""
     from hydra.core.config_store import ConfigStore
 
-    from rlvla.policies.architectures import ARCHITECTURES, architecture
-
     store = ConfigStore.instance()
     for verb, schema in SCHEMAS.items():
         store.store(name=f"{verb}_schema", node=schema)
     store.store(group="suite", name="base_suite", node=SuiteConfig)
+
+
+@cache
+def _register_policies() -> None:
+    """The same for the architectures, whose modules import torch and the model libraries: three seconds that a typo in
+    another verb's words must not wait for. `rlvla sft` alone chooses among them; the others read a policy's folder."""
+    from hydra.core.config_store import ConfigStore
+
+    from rlvla.policies.architectures import ARCHITECTURES, architecture
+
+    store = ConfigStore.instance()
     for name in ARCHITECTURES:
         store.store(group="policy", name=f"base_{name}", node=architecture(name).config)
 
