@@ -4,7 +4,7 @@ import dataclasses
 import os
 import signal
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -13,8 +13,9 @@ import numpy as np
 import pytest
 import torch
 
-from rlvla import collect, evaluate, sft
+from rlvla import collect, evaluate, ray_envs, sft
 from rlvla.acting import Actor
+from rlvla.cluster import connect, disconnect
 from rlvla.compose import compose
 from rlvla.config import AlgoConfig, ClusterConfig, WorkerKind, WorkersConfig
 from rlvla.hosts import SimulatorHost
@@ -63,13 +64,18 @@ def fragile(fault: Callable[[int, int], None]) -> type[RayEnvs]:
     return FragileEnvs
 
 
-def once(marker: Path, state: int, decision: int, what: int) -> Callable[[int, int], None]:
-    """Send this process the signal ``what`` at one moment of one episode, the first time it comes there."""
+Moment = tuple[int, int]
+"""(initial state of an episode, decision)."""
 
-    def fault(at_state: int, at_decision: int) -> None:
-        if (at_state, at_decision) == (state, decision) and not marker.exists():
-            marker.touch()
-            os.kill(os.getpid(), what)
+
+def once(marker: Path, signals: Mapping[Moment, int]) -> Callable[[int, int], None]:
+    """Send this process a signal at some moments, each the first time that it comes there."""
+
+    def fault(state: int, decision: int) -> None:
+        sent = marker.with_name(f"{marker.name}-{state}-{decision}")
+        if (state, decision) in signals and not sent.exists():
+            sent.touch()
+            os.kill(os.getpid(), signals[state, decision])
 
     return fault
 
@@ -109,12 +115,17 @@ def assert_equal_rollouts(one: Any, other: Any) -> None:
 
 
 @pytest.fixture(scope="module")
-def undisturbed(push_policy: Path) -> Any:
-    envs = open_envs(compose("train", ["policy=x", *PUSH]).suite, WORKERS)
-    try:
-        return rollout(push_policy, envs)
-    finally:
-        envs.close()
+def sound(push_policy: Path) -> Iterator[RayEnvs]:
+    """Simulators that nothing happens to."""
+    envs = open_envs(compose("train", ["policy=x", *PUSH]).suite, dataclasses.replace(WORKERS, spare=False))
+    assert isinstance(envs, RayEnvs)
+    yield envs
+    envs.close()
+
+
+@pytest.fixture(scope="module")
+def undisturbed(push_policy: Path, sound: RayEnvs) -> Any:
+    return rollout(push_policy, sound)
 
 
 def open_fragile(
@@ -126,54 +137,65 @@ def open_fragile(
     return envs
 
 
+@dataclasses.dataclass(frozen=True)
+class Fault:
+    """What happens to the simulator of one episode, and what comes of it."""
+
+    moment: Moment
+    signal: signal.Signals
+    said: str
+    replayed_chunks: int
+    """Two slots, each with the chunks it had run and the pending one."""
+
+
+DIED = "died while running a chunk"
+KILLED = Fault((STATES[2], 1), signal.SIGKILL, DIED, 4)
+SEGFAULT = Fault((STATES[0], 2), signal.SIGSEGV, DIED, 6)
+HUNG = Fault((STATES[6], 1), signal.SIGSTOP, "did not answer within 20 s while running a chunk", 4)
+
+
 @pytest.mark.simulator
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("what", "said", "spare"),
+    ("faults", "spare"),
     [
-        pytest.param(signal.SIGKILL, "died while running a chunk", False, id="killed-no-spare"),
-        pytest.param(signal.SIGKILL, "died while running a chunk", True, id="killed"),
-        pytest.param(signal.SIGSEGV, "died while running a chunk", True, id="segfault"),
-        pytest.param(signal.SIGSTOP, "did not answer within 20 s while running a chunk", True, id="hung"),
+        pytest.param([KILLED], False, id="killed-no-spare"),
+        pytest.param([KILLED, SEGFAULT, HUNG], True, id="killed-segfault-hung"),
     ],
 )
-def test_a_rollout_whose_simulator_was_lost_has_the_bits_of_one_that_was_not(
-    what: signal.Signals,
-    said: str,
+def test_a_rollout_whose_simulators_were_lost_has_the_bits_of_one_that_lost_none(
+    faults: list[Fault],
     spare: bool,
     push_policy: Path,
     undisturbed: Any,
     tmp_path: Path,
-    record_property: Callable[[str, object], None],
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     suite = compose("train", ["policy=x", *PUSH]).suite
     # Long enough that a busy machine is not mistaken for a hang.
-    limit = 20.0 if what is signal.SIGSTOP else 120.0
-    envs = open_fragile(suite, once(tmp_path / "marker", STATES[2], 1, what), spare=spare, timeout_s=limit)
+    limit = 20.0 if HUNG in faults else 120.0
+    signals = once(tmp_path / "marker", {fault.moment: fault.signal for fault in faults})
+    envs = open_fragile(suite, signals, spare=spare, timeout_s=limit)
     try:
         disturbed = rollout(push_policy, envs)
         incidents = envs.take_incidents()
     finally:
         envs.close()
     assert_equal_rollouts(disturbed, undisturbed)
-    assert [incident.lost_episodes for incident in incidents] == [0]
-    # Two slots were at their second decision: a chunk that had run and the pending one, each.
-    assert incidents[0].replayed_chunks == 4
-    assert said in incidents[0].why
-    record_property("recovery_s", round(incidents[0].recovery_s, 2))
-    with capsys.disabled():
-        print(f"\n{what.name}, {'a' if spare else 'no'} spare: {incidents[0]}")
+    assert [incident.lost_episodes for incident in incidents] == [0] * len(faults)
+    assert [incident.replayed_chunks for incident in incidents] == [fault.replayed_chunks for fault in faults]
+    for fault, incident in zip(faults, incidents, strict=True):
+        assert fault.said in incident.why
+        with capsys.disabled():
+            print(f"\n{fault.signal.name}, {'a' if spare else 'no'} spare: {incident}")
 
 
 @pytest.mark.simulator
 @pytest.mark.slow
-def test_two_groups_that_take_turns_give_the_rollout_of_one(push_policy: Path, undisturbed: Any) -> None:
-    envs = open_envs(compose("train", ["policy=x", *PUSH]).suite, WORKERS)
-    try:
-        assert_equal_rollouts(rollout(push_policy, envs, num_groups=2), undisturbed)
-    finally:
-        envs.close()
+def test_two_groups_that_take_turns_give_the_rollout_of_one(
+    push_policy: Path, sound: RayEnvs, undisturbed: Any
+) -> None:
+    assert_equal_rollouts(rollout(push_policy, sound, num_groups=2), undisturbed)
 
 
 # --- the toy dies faster
@@ -259,7 +281,7 @@ def test_a_spare_takes_the_place_of_a_lost_simulator_and_is_followed_by_another(
     toy: SuiteConfig, tmp_path: Path
 ) -> None:
     working = tmp_path / "working"
-    fault = noting(working, once(tmp_path / "marker", 102, 1, signal.SIGKILL))
+    fault = noting(working, once(tmp_path / "marker", {(102, 1): signal.SIGKILL}))
     # The death itself is the only restart there may be.
     envs = open_fragile(toy, fault, spare=True, max_restarts_per_hour=1)
     try:
@@ -284,7 +306,7 @@ def test_a_spare_that_is_itself_dead_or_hung_is_passed_over_and_no_episode_is_bl
     toy: SuiteConfig, tmp_path: Path, what: signal.Signals
 ) -> None:
     working = tmp_path / "working"
-    fault = noting(working, once(tmp_path / "marker", 102, 1, signal.SIGKILL))
+    fault = noting(working, once(tmp_path / "marker", {(102, 1): signal.SIGKILL}))
     envs = open_fragile(toy, fault, spare=True, max_restarts_per_hour=1, quarantine_after=1)
     try:
         assert lost_and_ended(envs, [90, 91, 92, 93]) == ({}, [0, 1, 2, 3])
@@ -356,7 +378,7 @@ def test_simulators_that_keep_dying_end_the_run_with_advice(toy: SuiteConfig) ->
 
 
 def test_where_episodes_cannot_be_replayed_they_are_lost_and_the_rest_goes_on(toy: SuiteConfig, tmp_path: Path) -> None:
-    envs = open_fragile(toy, once(tmp_path / "marker", 102, 1, signal.SIGKILL))
+    envs = open_fragile(toy, once(tmp_path / "marker", {(102, 1): signal.SIGKILL}))
     envs.spec = dataclasses.replace(envs.spec, deterministic=False)
     try:
         lost, ended = lost_and_ended(envs, list(range(100, 108)))
@@ -408,12 +430,22 @@ def test_a_simulators_own_error_is_no_death(toy: SuiteConfig) -> None:
 
 
 @pytest.fixture(scope="module", autouse=True)
-def nothing_is_left_running() -> Iterator[None]:
+def one_ray() -> Iterator[None]:
+    """The pools of this file share a Ray, whose start and end cost more than most tests. That it ends with a run says
+    `test_nothing_left`; without its end, a pool that leaves a simulator behind is seen."""
     name, _, value = MARK.partition("=")
-    os.environ[name] = value
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv(name, value)
+        patch.setattr(ray_envs, "disconnect", lambda ray: None)
+        ray = connect(ClusterConfig(), WORKERS.num_actors)
+        yield
+    disconnect(ray)
+
+
+@pytest.fixture(autouse=True)
+def nothing_is_left_running(one_ray: None) -> Iterator[None]:
     yield
-    until = time.monotonic() + 20
+    until = time.monotonic() + 60
     while running() and time.monotonic() < until:
-        time.sleep(0.2)
+        time.sleep(0.05)
     assert not running()
-    del os.environ[name]
