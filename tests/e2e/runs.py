@@ -4,6 +4,8 @@ import json
 import multiprocessing
 import os
 import signal
+import subprocess
+import tempfile
 import time
 from collections.abc import Callable, Iterator
 from contextlib import suppress
@@ -18,6 +20,8 @@ from rlvla.compose import compose
 # One environment: an evaluation takes long enough to be killed in.
 TOY = ["suite=toy", "workers.kind=local", "workers.num_actors=1", "workers.envs_per_actor=1"]
 TRAIN = [
+    # The default computes sixteen rows for the one that is there.
+    "inference_batch=4",
     "episodes_per_iteration=8",
     "algo.critic_only_iterations=1",
     "algo.min_successes=0",
@@ -41,17 +45,26 @@ class Started:
     """`rlvla VERB ...` in a process and a process group of its own.
 
     It is forked from a process that has imported everything and in which nothing has run: a test that starts six waits
-    for torch and transformers once. `test_bad_input` and others start the program itself.
+    for torch and transformers once. `test_nothing_left` and others start the program itself.
+
+    Args:
+        said: the file for its stderr. Its stdout goes beside it.
+        environment: variables to set beside those of the first process that was started so.
     """
 
-    def __init__(self, verb: str, settings: list[str], said: Path) -> None:
+    def __init__(self, verb: str, settings: list[str], said: Path, environment: dict[str, str] | None = None) -> None:
         self._said = said
         context = multiprocessing.get_context("forkserver")
         context.set_forkserver_preload(
-            ["rlvla.train", "rlvla.evaluate", "rlvla.policies.qwen_vla", "transformers.models.qwen3_5"]
+            ["rlvla.train", "rlvla.evaluate", "rlvla.sft", "rlvla.policies.qwen_vla", "transformers.models.qwen3_5"]
         )
-        self._process = context.Process(target=_enter, args=([verb, *settings], said))
+        self._process = context.Process(target=_enter, args=([verb, *settings], said, environment or {}))
         self._process.start()
+
+    @property
+    def pid(self) -> int:
+        assert self._process.pid is not None
+        return self._process.pid
 
     def ended(self, timeout: float | None = None) -> int | None:
         """The exit status; None while it runs."""
@@ -60,9 +73,8 @@ class Started:
 
     def kill(self) -> None:
         """SIGKILL the whole process group, and wait for its end."""
-        assert self._process.pid is not None
         with suppress(ProcessLookupError):
-            os.killpg(self._process.pid, signal.SIGKILL)
+            os.killpg(self.pid, signal.SIGKILL)
         self._process.join()
 
     @property
@@ -70,12 +82,34 @@ class Started:
         """What it has written to stderr."""
         return self._said.read_text()
 
+    @property
+    def printed(self) -> str:
+        """What it has written to stdout."""
+        return _stdout(self._said).read_text()
 
-def _enter(words: list[str], said: Path) -> None:
+
+def _stdout(said: Path) -> Path:
+    return said.with_name(f"{said.name}.stdout")
+
+
+def _enter(words: list[str], said: Path, environment: dict[str, str]) -> None:
     os.setsid()
-    for number in (1, 2):
-        os.dup2(os.open(said if number == 2 else os.devnull, os.O_WRONLY | os.O_CREAT | os.O_TRUNC), number)
+    os.environ.update(environment)
+    for number, file in ((1, _stdout(said)), (2, said)):
+        os.dup2(os.open(file, os.O_WRONLY | os.O_CREAT | os.O_TRUNC), number)
     cli.main(words)
+
+
+def rlvla(*words: str, **environment: str) -> "subprocess.CompletedProcess[str]":
+    """`rlvla VERB ...` to its end, as `subprocess.run` gives it."""
+    with tempfile.TemporaryDirectory() as folder:
+        process = Started(words[0], list(words[1:]), Path(folder) / "said", environment)
+        try:
+            status = process.ended(300)
+            assert status is not None, f"{words} has not ended: {process.said}"
+            return subprocess.CompletedProcess(words, status, process.printed, process.said)
+        finally:
+            process.kill()
 
 
 def start(verb: str, settings: list[str]) -> Started:
@@ -138,7 +172,13 @@ def assert_same_run(one: Path, other: Path) -> None:
 
 
 def assert_kills_leave_no_trace(
-    root: Path, common: list[str], *, moments: tuple[str, ...], undisturbed: str = "sync", schedule: str = "sync"
+    root: Path,
+    common: list[str],
+    *,
+    moments: tuple[str, ...],
+    undisturbed: str = "sync",
+    schedule: str = "sync",
+    straight: Path | None = None,
 ) -> None:
     """A run of six iterations, once straight and once killed at each moment and continued: the same bits.
 
@@ -146,9 +186,12 @@ def assert_kills_leave_no_trace(
         moments: of before, iteration, checkpoint and after.
         undisturbed: schedule of the straight run.
         schedule: that of the one that is killed.
+        straight: the straight run, where there is one.
     """
-    straight, killed = root / "straight", root / "killed"
-    finish("train", [*common, f"output={straight}", f"schedule={undisturbed}"])
+    killed = root / "killed"
+    if straight is None:
+        straight = root / "straight"
+        finish("train", [*common, f"output={straight}", f"schedule={undisturbed}"])
     common = [*common, f"output={killed}", f"schedule={schedule}"]
 
     def before_is_half_done() -> bool:

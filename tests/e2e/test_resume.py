@@ -16,6 +16,14 @@ def policy(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return make_policy(tmp_path_factory.mktemp("resume"), TOY, "policy=qwen_vla_toy", "steps=20", "batch_size=8")
 
 
+@pytest.fixture(scope="module")
+def straight(policy: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The toy's run that nobody killed."""
+    output = tmp_path_factory.mktemp("undisturbed") / "straight"
+    finish("train", [*SHORT, *TRAIN, f"policy={policy}", "iterations=6", f"output={output}"])
+    return output
+
+
 def reasoning_teacher(folder: Path) -> list[str]:
     """Settings of a teacher whose questions and coefficient must go on as well."""
     question = {"role": "user", "content": "what is there?"}
@@ -29,7 +37,6 @@ def reasoning_teacher(folder: Path) -> list[str]:
 @pytest.mark.parametrize(
     ("settings", "schedule", "moments"),
     [
-        pytest.param([], "sync", ("before", "iteration", "checkpoint", "after"), id="toy"),
         pytest.param([], "async", ("iteration", "checkpoint"), id="toy-one-step-off"),
         pytest.param(ADAPTERS, "sync", ("iteration", "checkpoint"), id="toy-adapters"),
     ],
@@ -43,10 +50,17 @@ def test_a_run_that_is_killed_ends_with_the_bits_of_one_that_was_not(
     assert_kills_leave_no_trace(tmp_path, common, moments=moments, undisturbed=schedule, schedule=schedule)
 
 
-def test_a_damaged_checkpoint_costs_an_iteration_and_is_reported(policy: Path, tmp_path: Path) -> None:
+def test_a_run_that_is_killed_at_every_moment_ends_with_the_bits_of_one_that_was_not(
+    policy: Path, straight: Path, tmp_path: Path
+) -> None:
     common = [*SHORT, *TRAIN, f"policy={policy}", "iterations=6"]
-    straight, harmed = tmp_path / "straight", tmp_path / "harmed"
-    finish("train", [*common, f"output={straight}"])
+    moments = ("before", "iteration", "checkpoint", "after")
+    assert_kills_leave_no_trace(tmp_path, common, moments=moments, straight=straight)
+
+
+def test_a_damaged_checkpoint_costs_an_iteration_and_is_reported(policy: Path, straight: Path, tmp_path: Path) -> None:
+    common = [*SHORT, *TRAIN, f"policy={policy}", "iterations=6"]
+    harmed = tmp_path / "harmed"
     kill_when(lambda: (harmed / "checkpoints" / "iteration-0003").exists(), "train", [*common, f"output={harmed}"])
     newest = max((harmed / "checkpoints").glob("iteration-*"))
     with (newest / "learner.pt").open("r+b") as file:
