@@ -20,7 +20,8 @@ PUSH += ["workers.spare=false"]
 @pytest.mark.simulator
 @pytest.mark.slow
 def test_a_run_on_maniskill_over_ray_that_is_killed_ends_with_the_bits_of_one_that_was_not(tmp_path: Path) -> None:
-    policy = make_policy(tmp_path, PUSH, "steps=3", "batch_size=4")
+    local = ["workers.kind=local", "workers.num_actors=1"]
+    policy = make_policy(tmp_path, [*PUSH, *local], "steps=3", "batch_size=4")
     few = ["episodes_per_iteration=4", "eval.trials=4"]
     common = [*PUSH, *TRAIN, *few, f"policy={policy}", "iterations=6"]
     # The run that is killed takes turns as well: sync and pingpong give the same weights.
@@ -33,10 +34,16 @@ def test_a_run_on_maniskill_over_ray_that_is_killed_ends_with_the_bits_of_one_th
 def test_an_enumerated_evaluation_killed_half_way_visits_the_other_configurations_only(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    suite = ["suite=simpler_env", "suite.task=stack_cube+carrot_on_plate", "suite.max_episode_steps=8"]
+    suite = [
+        "suite=simpler_env",
+        "suite.task=stack_cube+carrot_on_plate",
+        "suite.max_episode_steps=8",
+        "suite.image_size=64",
+    ]
     one = ["workers.kind=local", "workers.num_actors=1", "workers.envs_per_actor=4"]
     policy = make_policy(tmp_path, [*suite, *one], "policy=qwen_vla_small", "steps=2", "batch_size=2", "noise_draws=1")
     common = [*suite, f"policy={policy}", "eval.videos=0", "eval.noise_seeds=1", "eval.shuffled_images=false"]
+    common.append("inference_batch=4")
     evaluate.run(compose("eval", [*common, *one, f"output={tmp_path / 'straight'}"]))
 
     log = tmp_path / "killed" / "evaluations" / "eval.episodes.jsonl"
