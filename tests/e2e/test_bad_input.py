@@ -18,10 +18,12 @@ from rlvla.dataset import Episode
 from rlvla.dataset_writer import DatasetWriter
 from rlvla_envs.base import SuiteConfig
 from rlvla_envs.suites import make_env
+from tests.e2e.runs import rlvla
 
 
-def rlvla(*arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
-    variables = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path), **environment}
+def program(*arguments: str) -> subprocess.CompletedProcess[str]:
+    """`rlvla ...` as a shell starts it; `tests.e2e.runs.rlvla` is quicker where it would import the model libraries."""
+    variables = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
     command = [sys.executable, "-m", "rlvla.cli", *arguments]
     return subprocess.run(command, capture_output=True, text=True, env=variables, timeout=300, check=False)
 
@@ -77,15 +79,15 @@ def policy_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_a_misspelt_verb_is_corrected() -> None:
-    assert "Did you mean 'train'?" in refusal(rlvla("trian"))
+    assert "Did you mean 'train'?" in refusal(program("trian"))
 
 
 def test_a_misspelt_key_is_corrected() -> None:
-    assert "Did you mean 'algo.clip_epsilon'?" in refusal(rlvla("train", "policy=x", "algo.clip_epsilonn=0.1"))
+    assert "Did you mean 'algo.clip_epsilon'?" in refusal(program("train", "policy=x", "algo.clip_epsilonn=0.1"))
 
 
 def test_a_key_smuggled_in_with_a_plus_is_refused() -> None:
-    assert "'algo.new' is not an option" in refusal(rlvla("train", "policy=x", "+algo.new=1"))
+    assert "'algo.new' is not an option" in refusal(program("train", "policy=x", "+algo.new=1"))
 
 
 def test_a_missing_policy_folder_is_named(tmp_path: Path) -> None:
@@ -194,6 +196,6 @@ def test_nan_in_a_dataset_is_located(tmp_path: Path) -> None:
 
 
 def test_debug_shows_the_traceback() -> None:
-    done = rlvla("train", "policy=/nowhere", "suite=toy", "--debug")
+    done = program("train", "policy=/nowhere", "suite=toy", "--debug")
     assert done.returncode == 1
     assert "Traceback" in done.stderr
