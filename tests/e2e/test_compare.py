@@ -1,14 +1,8 @@
 """`rlvla eval` over suites, `rlvla compare` and `rlvla suites` with real policies on the toy."""
 
 import json
-import os
 import re
-import signal
-import subprocess
-import sys
-import time
 from collections.abc import Callable
-from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +14,7 @@ from rlvla.compose import compose
 from rlvla.config import ConfigError
 from rlvla.policies.folder import save_policy
 from rlvla.run import lock_folder
+from tests.e2e.runs import kill_when, rlvla
 
 TOY = ["suites=[toy]", "workers.kind=local", "workers.num_actors=1", "device=cpu"]
 TRIALS = 24
@@ -47,11 +42,6 @@ def settings(root: Path, *more: str) -> list[str]:
     return [*TOY, f"cache={root / 'cache'}", f"eval.trials={TRIALS}", "eval.videos=0", *more]
 
 
-def rlvla(*words: str, **environment: str) -> "subprocess.CompletedProcess[str]":
-    command = [sys.executable, "-m", "rlvla.cli", *words]
-    return subprocess.run(command, capture_output=True, text=True, env={**os.environ, **environment}, timeout=300)
-
-
 def measured(root: Path, policy: str) -> dict[str, Any]:
     """What was measured, without what a clock or a folder says."""
     (result,) = json.loads((root / f"results-{policy}.json").read_text())["results"]
@@ -65,7 +55,8 @@ def no_simulator(*_: object, **__: object) -> None:
 def test_an_evaluation_killed_twice_goes_on_and_gives_the_result_of_one_that_was_not(
     policies: tuple[Path, Path], tmp_path: Path
 ) -> None:
-    words = ["eval", str(policies[0]), *TOY, "workers.envs_per_actor=1", f"eval.trials={TRIALS}", "eval.videos=0"]
+    one = ["workers.envs_per_actor=1", "inference_batch=4"]
+    words = ["eval", str(policies[0]), *TOY, *one, f"eval.trials={TRIALS}", "eval.videos=0"]
     here = [*words, f"cache={tmp_path / 'cache'}", f"output={tmp_path / 'killed'}"]
 
     def played() -> int:
@@ -73,22 +64,7 @@ def test_an_evaluation_killed_twice_goes_on_and_gives_the_result_of_one_that_was
         return logs[0].read_text().count("\n") - 1 if logs else -1
 
     for episodes in (3, 9):
-        process = subprocess.Popen(
-            [sys.executable, "-m", "rlvla.cli", *here],
-            stdout=subprocess.DEVNULL,
-            stderr=subprocess.PIPE,
-            start_new_session=True,
-        )
-        try:
-            until = time.monotonic() + 240
-            while played() < episodes:
-                assert process.poll() is None, process.communicate()[1]
-                assert time.monotonic() < until
-                time.sleep(0.002)
-        finally:
-            with suppress(ProcessLookupError):
-                os.killpg(process.pid, signal.SIGKILL)
-            process.communicate()
+        kill_when(lambda least=episodes: played() >= least, "eval", here[1:])
     kept = played()
     assert 9 <= kept < TRIALS
     done = evaluate_suites.run(compose("eval", here[1:]))
