@@ -1,9 +1,6 @@
 """Every sampler trains a policy through the command line, and what one learns survives a stop."""
 
 import json
-import subprocess
-import sys
-import time
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +11,7 @@ from rlvla import cli, collect, sft
 from rlvla.compose import compose
 from rlvla.policies.exploration import FILE
 from rlvla.policies.folder import load_policy
+from tests.e2e.runs import kill_when
 
 TOY = ["suite=toy", "workers.kind=local", "workers.num_actors=1", "workers.envs_per_actor=8"]
 TRAIN = [
@@ -74,16 +72,7 @@ def test_a_killed_run_that_learns_its_noise_goes_on_to_the_bit(kind: str, policy
     train(policy, tmp_path / "straight", *settings)
     killed = tmp_path / "killed"
     command = [*TOY, *TRAIN, f"policy={policy}", f"output={killed}", *settings]
-    process = subprocess.Popen(
-        [sys.executable, "-m", "rlvla.cli", "train", *command], stderr=subprocess.PIPE, text=True
-    )
-    try:
-        while not (killed / "checkpoints" / "iteration-0001").exists():
-            assert process.poll() is None, process.communicate()[1]
-            time.sleep(0.01)
-    finally:
-        process.kill()
-        process.communicate()
+    kill_when((killed / "checkpoints" / "iteration-0001").exists, "train", command)
     assert not (killed / "policy").exists()
     rows = train(policy, killed, *settings)
     assert len(rows) == 3
