@@ -2,11 +2,10 @@
 
 import os
 import resource
+import signal
 import subprocess
-import sys
 import time
 from collections.abc import Callable, Iterator
-from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -14,11 +13,13 @@ import pytest
 from rlvla import collect, sft
 from rlvla.checkpoints import Checkpoints, verify
 from rlvla.compose import compose
+from tests.e2e import runs
 
 TOY = ["suite=toy", "workers.kind=local", "workers.num_actors=1", "workers.envs_per_actor=2"]
 TRAIN = [
     "iterations=6",
     "episodes_per_iteration=8",
+    "inference_batch=4",
     "algo.min_successes=0",
     "algo.epochs=1",
     "eval.trials=2",
@@ -57,39 +58,33 @@ def small_disk(tmp_path: Path) -> Iterator[Path]:
         subprocess.run(["umount", "--lazy", str(disk)], check=False)
 
 
-def start(policy: Path, run: Path) -> "subprocess.Popen[str]":
-    return subprocess.Popen(
-        [sys.executable, "-m", "rlvla.cli", "train", *TOY, *TRAIN, f"policy={policy}", f"output={run}"],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)},
-    )
+def settings(policy: Path, run: Path) -> list[str]:
+    return [*TOY, *TRAIN, f"policy={policy}", f"output={run}"]
 
 
 def finish(policy: Path, run: Path) -> bytes:
     """Run to the end; the weights it made."""
-    process = start(policy, run)
-    _, said = process.communicate(timeout=SECONDS)
-    assert process.returncode == 0, said
+    runs.finish("train", settings(policy, run))
     return (run / "policy" / "model.safetensors").read_bytes()
 
 
-def fail(policy: Path, run: Path, fill_up: Callable[[int], None]) -> None:
+def fail(policy: Path, run: Path, said_to: Path, fill_up: Callable[[int], None]) -> None:
     """Start, fill the disk up (the argument is the process) when there is a checkpoint, and look at what is left."""
-    process = start(policy, run)
+    process = runs.Started("train", settings(policy, run), said_to)
     try:
         until = time.monotonic() + SECONDS
         while not (run / "checkpoints" / "iteration-0001").exists():
-            assert process.poll() is None, process.communicate()[1]
+            assert process.ended(0) is None, process.said
             assert time.monotonic() < until
             time.sleep(0.01)
+        # What the run writes meanwhile would fill the disk up further, or be pruned and make room.
+        os.kill(process.pid, signal.SIGSTOP)
         fill_up(process.pid)
-        _, said = process.communicate(timeout=SECONDS)
+        os.kill(process.pid, signal.SIGCONT)
+        status, said = process.ended(SECONDS), process.said
     finally:
-        with suppress(ProcessLookupError):
-            process.kill()
-    assert process.returncode == 1, said
+        process.kill()
+    assert status == 1, said
     assert "Traceback" not in said
     assert "cannot save a checkpoint" in said
     assert "Free some space" in said
@@ -112,7 +107,7 @@ def test_a_full_disk_leaves_the_checkpoint_before_and_the_run_ends_as_if_it_had_
         free = os.statvfs(small_disk)
         filler.write_bytes(bytes(free.f_bavail * free.f_frsize - LEFT_BYTES))
 
-    fail(policy, run, fill_up)
+    fail(policy, run, tmp_path / "said", fill_up)
     filler.unlink()
     assert finish(policy, run) == finish(policy, tmp_path / "straight")
 
@@ -121,4 +116,4 @@ def test_a_file_that_may_not_grow_is_a_full_disk(policy: Path, tmp_path: Path) -
     def limit(pid: int) -> None:
         resource.prlimit(pid, resource.RLIMIT_FSIZE, (LEFT_BYTES, LEFT_BYTES))
 
-    fail(policy, tmp_path / "run", limit)
+    fail(policy, tmp_path / "run", tmp_path / "said", limit)
