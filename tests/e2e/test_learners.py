@@ -3,8 +3,6 @@
 import json
 import os
 import signal
-import subprocess
-import sys
 import time
 from collections.abc import Callable
 from contextlib import suppress
@@ -17,6 +15,7 @@ from safetensors.torch import load_file
 
 from rlvla import collect, sft, train
 from rlvla.compose import compose
+from tests.e2e.runs import Started
 
 pytestmark = pytest.mark.slow
 
@@ -25,6 +24,7 @@ LOCAL, RAY = "workers.kind=local", "workers.kind=ray"
 TRAIN = [
     "episodes_per_iteration=23",
     "iterations=5",
+    "inference_batch=8",
     "algo.critic_only_iterations=1",
     "algo.min_successes=0",
     "algo.train_vlm=true",
@@ -129,17 +129,12 @@ def test_a_rank_that_is_killed_costs_a_restart_from_the_last_checkpoint(
 ) -> None:
     output = tmp_path / "two"
     settings = [*TOY, LOCAL, *TRAIN, "learners.num=2", f"policy={policy}", f"output={output}"]
-    process = subprocess.Popen(
-        [sys.executable, "-m", "rlvla.cli", "train", *settings],
-        stderr=subprocess.PIPE,
-        text=True,
-        start_new_session=True,
-    )
+    process = Started("train", settings, tmp_path / "said")
 
     def wait_for(condition: Callable[[], bool]) -> None:
         until = time.monotonic() + 300
         while not condition():
-            assert process.poll() is None, process.communicate()[1]
+            assert process.ended(0) is None, process.said
             assert time.monotonic() < until
             time.sleep(0.01)
 
@@ -148,11 +143,10 @@ def test_a_rank_that_is_killed_costs_a_restart_from_the_last_checkpoint(
             wait_for((output / "checkpoints" / f"iteration-{iterations:04d}").exists)
             wait_for(lambda: len(learner_ranks(process.pid, output)) == 2)
             os.kill(learner_ranks(process.pid, output)[leads], signal.SIGKILL)
-        _, said = process.communicate(timeout=300)
+        status, said = process.ended(300), process.said
     finally:
-        with suppress(ProcessLookupError):
-            os.killpg(process.pid, signal.SIGKILL)
-    assert process.returncode == 0, said
+        process.kill()
+    assert status == 0, said
     assert said.count("starting the learners again") == 2
     alarms = [row for row in rows(output, "alarm") if row["where"].startswith("restart")]
     assert [row["where"] for row in alarms] == ["restart 1", "restart 2"]
