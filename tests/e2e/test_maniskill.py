@@ -49,7 +49,7 @@ def test_ray_rollouts_equal_in_process_rollouts_bit_for_bit(policy_folder: Path)
         config = compose("train", overrides)
         envs = open_envs(config.suite, config.workers)
         try:
-            rollouts.append(toy.make_rollout(policy_folder, envs, episodes=6)[0])
+            rollouts.append(toy.make_rollout(policy_folder, envs, episodes=6, block=4)[0])
         finally:
             envs.close()
     toy.assert_equal_rollouts(*rollouts)
@@ -58,6 +58,7 @@ def test_ray_rollouts_equal_in_process_rollouts_bit_for_bit(policy_folder: Path)
 
 def test_an_evaluation_leaves_a_result_a_video_and_a_report(policy_folder: Path, tmp_path: Path) -> None:
     overrides = [f"policy={policy_folder}", f"output={tmp_path / 'eval'}", "eval.trials=4", "eval.videos=1"]
+    overrides.append("inference_batch=4")
     summary = evaluate.run(
         compose("eval", [*overrides, "workers.num_actors=2", "workers.envs_per_actor=2", "workers.spare=false"])
     )

@@ -19,6 +19,7 @@ TRAIN = [
     f"suite.python={sys.executable}",
     "iterations=8",
     "episodes_per_iteration=8",
+    "inference_batch=4",
     "algo.min_successes=0",
     "algo.epochs=1",
     "eval.trials=4",

@@ -42,7 +42,7 @@ def both(data: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> Pat
 
 
 def measure(policy: Path, suite: str, output: Path) -> dict[str, Any]:
-    settings = [*LOCAL, "eval.trials=24", "eval.videos=0", "eval.shuffled_images=false"]
+    settings = [*LOCAL, "inference_batch=8", "eval.trials=24", "eval.videos=0", "eval.shuffled_images=false"]
     words = [f"suite={suite}", *ROBOTS[suite], *settings, f"policy={policy}", f"output={output}"]
     return evaluate.run(compose("eval", words))
 
@@ -91,6 +91,7 @@ def test_ppo_on_one_robot_keeps_the_other(both: Path, tmp_path: Path) -> None:
         "algo.min_successes=0",
         "algo.critic_only_iterations=0",
         "algo.teacher.policy=start",
+        "inference_batch=8",
         "eval.trials=8",
         "eval.videos=0",
         "eval.shuffled_images=false",

@@ -38,6 +38,7 @@ def test_training_allocates_measures_and_reports_by_task(policy_folder: Path, tm
         f"policy={policy_folder}",
         f"output={tmp_path / 'ppo'}",
         "iterations=1",
+        "inference_batch=4",
         "episodes_per_iteration=4",
         "task_weights={stack_cube: 3.0, carrot_on_plate: 1.0}",
         "eval.trials=4",
@@ -78,6 +79,7 @@ def test_outcomes_are_the_same_twice_and_sharded_over_ray_actors(policy_folder: 
 
 def test_a_policy_of_the_four_tasks_is_measured_on_the_six_it_never_saw(policy_folder: Path, tmp_path: Path) -> None:
     settings = [f"policy={policy_folder}", f"output={tmp_path / 'ood'}", "eval.trials=1", "eval.videos=0"]
+    settings.append("inference_batch=4")
     suite = ["suite=simpler_env_ood", "suite.max_episode_steps=8", "eval.shuffled_images=false", *LOCAL]
     evaluate.run(compose("eval", [*suite, *settings]))
     result = json.loads((tmp_path / "ood" / "evaluations" / "eval.json").read_text())
