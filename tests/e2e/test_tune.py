@@ -23,6 +23,7 @@ TOY = ["suite=toy", "workers.kind=local", "workers.num_actors=1", "workers.envs_
 TINY = [
     *TOY,
     *("iterations=2", "episodes_per_iteration=8", "algo.min_successes=0", "algo.critic_only_iterations=0"),
+    "inference_batch=8",
     *(
         "suite.max_episode_steps=16",
         "eval.trials=8",
@@ -115,7 +116,7 @@ def trials(output: Path) -> list[TrialRecord]:
 
 def test_a_study_killed_in_the_middle_and_interrupted_goes_on_to_a_complete_one(policy: Path, tmp_path: Path) -> None:
     output = tmp_path / "study"
-    settings = words(policy, output, "tune.trials=4")
+    settings = words(policy, output, "tune.trials=3")
 
     def iterating(number: int) -> Callable[[], bool]:
         log = output / "trials" / f"{number:04d}" / "seed-0" / "metrics.jsonl"
@@ -131,9 +132,9 @@ def test_a_study_killed_in_the_middle_and_interrupted_goes_on_to_a_complete_one(
 
     summary, said = finish(settings)
     assert "going on with trials 2" in " ".join(said.split())
-    assert summary["trials"]["complete"] + summary["trials"]["stopped"] == 4
+    assert summary["trials"]["complete"] + summary["trials"]["stopped"] == 3
     after = trials(output)
-    assert [trial.number for trial in after] == [0, 1, 2, 3]
+    assert [trial.number for trial in after] == [0, 1, 2]
     assert {number: after[number].values for number in before} == before
     # A run that was interrupted went on after its last checkpoint; it did not begin anew.
     assert "going on after iteration" in (output / "trials" / "0002" / "seed-0.log").read_text()
@@ -147,14 +148,14 @@ def test_a_study_killed_in_the_middle_and_interrupted_goes_on_to_a_complete_one(
     # Finished is finished, until more is asked for; and another space is another study.
     _, said = finish(settings, status=2)
     assert "holds a finished tune run" in said
-    other = [*words(policy, output, "tune.trials=5", space=SPACE.replace("high: 2", "high: 3"))]
+    other = [*words(policy, output, "tune.trials=4", space=SPACE.replace("high: 2", "high: 3"))]
     _, said = finish(other, status=2)
     assert "algo.epochs was 1 to 2 and is 1 to 3" in said
-    _, said = finish(words(policy, output, "tune.trials=5", "iterations=3"), status=2)
+    _, said = finish(words(policy, output, "tune.trials=4", "iterations=3"), status=2)
     assert "iterations was 2 and is 3" in said
     assert (output / "summary.json").exists()
-    summary, _ = finish(words(policy, output, "tune.trials=5"))
-    assert sum(summary["trials"].values()) == 5
+    summary, _ = finish(words(policy, output, "tune.trials=4"))
+    assert sum(summary["trials"].values()) == 4
 
 
 def test_a_trial_that_dies_is_named_and_the_study_goes_on(policy: Path, tmp_path: Path) -> None:
