@@ -9,7 +9,6 @@ import contextlib
 import functools
 import importlib
 import importlib.util
-import io
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -19,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from rlvla_envs.calvin_tasks import CHAINS, ROBOT_START, Chain, initial_conditions, proprioception, scene_start
+from rlvla_envs.common import quiet
 from rlvla_envs.mujoco_drawing import cured
 from rlvla_envs.slots import After, Look
 
@@ -41,7 +41,7 @@ class World:
     """
 
     def __init__(self, root: Path, scene: str, size: int, limit: int) -> None:
-        with _quiet(), cured("CALVIN", "calvin"):
+        with quiet(), cured("CALVIN", "calvin"):
             if (code := str(root / "calvin_env")) not in sys.path:
                 sys.path.insert(0, code)
             tables: Any = importlib.import_module("calvin_env.envs.play_table_env")
@@ -124,7 +124,7 @@ class World:
         return np.ascontiguousarray(self._draw()[0][CAMERAS[0]])
 
     def close(self) -> None:
-        with _quiet():
+        with quiet():
             self._env.close()
 
     def _unseen(self) -> Look:
@@ -186,10 +186,3 @@ def _read(file: Path) -> Any:
     import yaml
 
     return yaml.safe_load(file.read_text())
-
-
-@contextlib.contextmanager
-def _quiet() -> Iterator[None]:
-    """The benchmark prints while it builds and while it closes."""
-    with contextlib.redirect_stdout(io.StringIO()):
-        yield

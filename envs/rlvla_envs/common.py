@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import difflib
-from collections.abc import Callable
+import io
+from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -24,6 +26,42 @@ def check_options(config: SuiteConfig, known: set[str]) -> None:
             + (f" Did you mean {close[0]!r}?" if close else "")
             + f" Options: {', '.join(sorted(known))}."
         )
+
+
+def chosen_names(suite: str, names: Sequence[str], choice: str) -> tuple[str, ...]:
+    """Names that ``suite.task`` chooses of a suite's own: ``all``, some joined with ``+``, or their numbers.
+
+    >>> chosen_names("s", ("push", "pull"), "1+push")
+    ('pull', 'push')
+
+    Raises:
+        ValueError: an unknown name, with the nearest one, or one that is named twice.
+    """
+    chosen: list[str] = []
+    for word in choice.split("+"):
+        if word == "all":
+            chosen += names
+        elif word in names:
+            chosen.append(word)
+        elif word.isdecimal() and int(word) < len(names):
+            chosen.append(names[int(word)])
+        else:
+            close = difflib.get_close_matches(word, [*names, "all"], n=1)
+            hint = f" Did you mean {close[0]!r}?" if close else ""
+            raise ValueError(
+                f"suite.task is {choice!r}; {word!r} is no task of {suite}.{hint} It must be all, a number below "
+                f"{len(names)}, or names as `rlvla suites {suite}` lists them, joined with +."
+            )
+    if len(set(chosen)) < len(chosen):
+        raise ValueError(f"suite.task is {choice!r}, which names a task twice.")
+    return tuple(chosen)
+
+
+@contextlib.contextmanager
+def quiet() -> Iterator[None]:
+    """Benchmarks print while they build, start and step."""
+    with contextlib.redirect_stdout(io.StringIO()):
+        yield
 
 
 def record_expert(
@@ -72,3 +110,19 @@ def place_of(num_tasks: int, states_per_task: int, initial_state: int) -> tuple[
 def turned(image: UInt8[np.ndarray, "h w 3"]) -> UInt8[np.ndarray, "h w 3"]:
     """A picture turned by 180 degrees."""
     return np.ascontiguousarray(image[::-1, ::-1])
+
+
+def boxed(image: UInt8[np.ndarray, "h w 3"], size: int) -> UInt8[np.ndarray, "size size 3"]:
+    """The whole picture in a square, between black bars; enlarged by none, so that it is sharp."""
+    height, width = image.shape[:2]
+    scale = min(1.0, size / max(height, width))
+    if scale < 1:
+        import cv2
+
+        smaller = (round(width * scale), round(height * scale))
+        image = cv2.resize(image, smaller, interpolation=cv2.INTER_AREA)
+        height, width = image.shape[:2]
+    square = np.zeros((size, size, 3), dtype=np.uint8)
+    top, left = (size - height) // 2, (size - width) // 2
+    square[top : top + height, left : left + width] = image
+    return square

@@ -6,15 +6,14 @@ The only file that imports the benchmark.
 from __future__ import annotations
 
 import contextlib
-import io
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from rlvla_envs.common import turned
+from rlvla_envs.common import quiet, turned
 from rlvla_envs.libero_tasks import Task, proprioception
 from rlvla_envs.mujoco_drawing import Gate, cured
 from rlvla_envs.slots import Look
@@ -45,7 +44,7 @@ class World:
     """
 
     def __init__(self, task: Task, size: int) -> None:
-        with _quiet(), cured("LIBERO", "libero"):
+        with quiet(), cured("LIBERO", "libero"):
             # Read when MuJoCo is imported. OSMesa draws without any device.
             os.environ.setdefault("MUJOCO_GL", "osmesa")
             from libero.libero import get_libero_path
@@ -128,7 +127,7 @@ class World:
         for robot in self._env.robots:
             # A ramp towards the last command, which a reset forgets to start anew.
             robot.gripper.current_action = np.zeros(robot.gripper.dof)
-        with _quiet():
+        with quiet():
             # Not the wrapper's reset, which tries again for ever whatever went wrong.
             _placed(self._env.env.reset, seed)
 
@@ -159,10 +158,3 @@ def _placed(call: Callable[[], Any], seed: int) -> Any:
     finally:
         np.random.set_state(before)
     raise RuntimeError(f"the objects found no room in {MAX_DRAWS} draws from seed {seed}.")
-
-
-@contextlib.contextmanager
-def _quiet() -> Iterator[None]:
-    """The benchmark and robosuite print while they build."""
-    with contextlib.redirect_stdout(io.StringIO()):
-        yield

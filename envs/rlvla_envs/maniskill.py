@@ -23,8 +23,9 @@ from rlvla_envs.base import (
     SuiteConfig,
 )
 from rlvla_envs.common import check_options, record_expert
-from rlvla_envs.maniskill_common import building_simulator, renew_physics, require_maniskill
+from rlvla_envs.maniskill_common import renew_physics, require_maniskill
 from rlvla_envs.suites import Ready
+from rlvla_envs.vulkan_drawing import building_simulator
 
 INSTRUCTIONS = {
     "PushCube-v1": "push the blue cube onto the red and white target",

@@ -1,9 +1,5 @@
-"""What the suites on ManiSkill share: the message of a machine that cannot render, an episode's fresh physics."""
+"""What the suites on ManiSkill share: what they need installed, an episode's fresh physics."""
 
-import contextlib
-import os
-import re
-from collections.abc import Iterator
 from typing import Any
 
 from rlvla_envs.suites import require_packages
@@ -12,28 +8,6 @@ from rlvla_envs.suites import require_packages
 def require_maniskill() -> None:
     """Raise NotReadyError where ManiSkill is not installed."""
     require_packages("mani_skill", "sapien", fix='python -m pip install "mani-skill>=3.0.1"')
-
-
-@contextlib.contextmanager
-def building_simulator() -> Iterator[None]:
-    """Around or on whatever creates a scene: one rendering thread, and a cure where nothing can render.
-
-    Raises:
-        RuntimeError: there is no usable Vulkan device.
-    """
-    # Read by Mesa when the device is created. More threads per simulator only fight each other: the
-    # parallelism is one simulator process a core.
-    os.environ.setdefault("LP_NUM_THREADS", "1")
-    try:
-        yield
-    except RuntimeError as error:
-        if re.search("vulkan|render|device|vk::", str(error), re.IGNORECASE):
-            raise RuntimeError(
-                f"ManiSkill cannot render here: {error}. It needs a Vulkan device; on a CPU that is lavapipe "
-                "from Mesa 24.3 or newer. Run scripts/setup.sh, which installs it on Debian as root, or install "
-                "mesa-vulkan-drivers yourself, and check with vulkaninfo."
-            ) from error
-        raise
 
 
 def renew_physics(env: Any) -> None:

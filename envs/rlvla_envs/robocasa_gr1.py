@@ -14,9 +14,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
 from rlvla_envs.base import ActionComponent, Camera, EnvSpec, SuiteConfig
-from rlvla_envs.robocasa_gr1_standins import ASSETS, generate, is_current, missing_files
+from rlvla_envs.robocasa_gr1_standins import ASSETS, VERSION, generate, missing_files
 from rlvla_envs.robocasa_gr1_tasks import STATE_NAMES, STATES_PER_TASK, STREAMS, chosen_tasks
 from rlvla_envs.slots import Slot, SlottedEnv, check_slotted, ready_at_home
+from rlvla_envs.stand_ins import FOLDER as STAND_INS
+from rlvla_envs.stand_ins import is_current
 from rlvla_envs.suite_home import Home
 from rlvla_envs.suites import NotReadyError, Ready
 
@@ -34,8 +36,6 @@ HOME = Home(
 
 DOWNLOAD = "-m robocasa_gr1.scripts.download_tabletop_assets -y"
 """After the environment's Python: fetches the official assets, gigabytes, from Hugging Face and box.com."""
-STAND_INS = Path("stand-ins")
-"""In the environment's folder."""
 
 ACTION = tuple(
     ActionComponent(name=name, size=size, convention="absolute, joint targets, radians", low=-math.pi, high=math.pi)
@@ -126,7 +126,7 @@ def find_assets(prefix: Path) -> Assets:
     absent = missing_files(package, package / ASSETS)
     if not absent:
         return Assets(package / ASSETS, "")
-    if is_current(prefix / STAND_INS):
+    if is_current(prefix / STAND_INS, VERSION):
         return Assets(
             prefix / STAND_INS,
             f"its assets in {prefix / STAND_INS} are boxes and grey pictures that `rlvla suites setup` generated. A "

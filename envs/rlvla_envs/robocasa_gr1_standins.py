@@ -8,20 +8,18 @@ library alone: it reads the package's files and imports nothing of it.
 from __future__ import annotations
 
 import ast
-import json
 import os
 import re
 import shutil
-import struct
 import xml.etree.ElementTree as ET
 import zlib
 from collections.abc import Iterator
 from pathlib import Path
 
+from rlvla_envs.stand_ins import colour_of, picture, stamp
+
 VERSION = 1
 """Raised when other files are generated."""
-STAMP = "rlvla-stand-ins.json"
-"""In the folder of stand-ins, written last."""
 
 ASSETS = Path("models/assets")
 """In the package."""
@@ -96,16 +94,8 @@ def generate(package: Path, folder: Path) -> int:
                 place.mkdir(parents=True, exist_ok=True)
                 (place / "model.xml").write_text(object_xml(category))
                 made += 1
-    (folder / STAMP).write_text(json.dumps({"version": VERSION, "files": made}))
+    stamp(folder, VERSION, made)
     return made
-
-
-def is_current(folder: Path) -> bool:
-    """Whether `generate` of this release finished there."""
-    try:
-        return bool(json.loads((folder / STAMP).read_text())["version"] == VERSION)
-    except (OSError, ValueError, KeyError, TypeError):
-        return False
 
 
 def categories(source: str) -> dict[str, list[str]]:
@@ -135,18 +125,6 @@ def categories(source: str) -> dict[str, list[str]]:
             folders = ast.literal_eval(own) if own is not None else [f"{registry.arg}/{category.arg}"]
             found.setdefault(category.arg, []).extend(folders)
     return found
-
-
-def picture(seed: int) -> bytes:
-    """A PNG of 8 x 8 pixels in one colour that the seed chooses."""
-    colour = bytes(96 + (seed >> shift) % 128 for shift in (0, 8, 16))
-    rows = b"".join(b"\0" + colour * 8 for _ in range(8))
-
-    def chunk(name: bytes, body: bytes) -> bytes:
-        return struct.pack(">I", len(body)) + name + body + struct.pack(">I", zlib.crc32(name + body))
-
-    header = struct.pack(">IIBBBBB", 8, 8, 8, 2, 0, 0, 0)
-    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(rows)) + chunk(b"IEND", b"")
 
 
 BOX = "".join(
@@ -188,9 +166,3 @@ def object_xml(category: str) -> str:
     ):
         ET.SubElement(outer, "site", {"name": name, "pos": place_of, "size": "0.005", "rgba": "0 0 0 0"})
     return ET.tostring(root, encoding="unicode")
-
-
-def colour_of(name: str) -> str:
-    """Red, green, blue and alpha from 0 to 1, of the name alone."""
-    seed = zlib.crc32(name.encode())
-    return " ".join(f"{0.2 + (seed >> shift) % 100 / 140:.3f}" for shift in (0, 8, 16)) + " 1"

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import difflib
+from rlvla_envs.common import chosen_names
 
 _CLOSE = ("CupToDrawer", "PotatoToMicrowave", "MilkToMicrowave", "BottleToCabinet", "WineToCabinet", "CanToDrawer")
 _NOVEL = (
@@ -26,26 +26,5 @@ STATE_NAMES = tuple(f"{name}.{i}" for name, size in STREAMS for i in range(size)
 
 
 def chosen_tasks(choice: str) -> tuple[str, ...]:
-    """Tasks that ``suite.task`` chooses: ``all``, names joined with ``+``, or their numbers.
-
-    Raises:
-        ValueError: an unknown task, or one that is named twice.
-    """
-    chosen: list[str] = []
-    for word in choice.split("+"):
-        if word == "all":
-            chosen += TASKS
-        elif word in TASKS:
-            chosen.append(word)
-        elif word.isdecimal() and int(word) < len(TASKS):
-            chosen.append(TASKS[int(word)])
-        else:
-            close = difflib.get_close_matches(word, [*TASKS, "all"], n=1)
-            hint = f" Did you mean {close[0]!r}?" if close else ""
-            raise ValueError(
-                f"suite.task is {choice!r}; {word!r} is no task of robocasa_gr1.{hint} It must be all, a number below "
-                f"{len(TASKS)}, or names as `rlvla suites robocasa_gr1` lists them, joined with +."
-            )
-    if len(set(chosen)) < len(chosen):
-        raise ValueError(f"suite.task is {choice!r}, which names a task twice.")
-    return tuple(chosen)
+    """See `rlvla_envs.common.chosen_names`."""
+    return chosen_names("robocasa_gr1", TASKS, choice)

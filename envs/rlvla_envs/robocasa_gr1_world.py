@@ -5,19 +5,18 @@ The only file that imports the benchmark.
 
 from __future__ import annotations
 
-import contextlib
 import importlib.abc
 import importlib.machinery
-import io
 import os
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from rlvla_envs.common import quiet
 from rlvla_envs.mujoco_drawing import Gate, cured
 from rlvla_envs.robocasa_gr1_tasks import STREAMS
 from rlvla_envs.slots import Look
@@ -51,7 +50,7 @@ class World:
     """
 
     def __init__(self, task: str, size: int, assets: Path, *, cropped: bool) -> None:
-        with _quiet(), cured("RoboCasa-GR1", "robocasa_gr1"):
+        with quiet(), cured("RoboCasa-GR1", "robocasa_gr1"):
             # Read when MuJoCo is imported. OSMesa draws without any device.
             os.environ.setdefault("MUJOCO_GL", "osmesa")
             _point_to(assets)
@@ -78,7 +77,7 @@ class World:
         before = np.random.get_state()
         np.random.seed(seed % 2**32)
         try:
-            with _quiet(), cured("RoboCasa-GR1", "robocasa_gr1"):
+            with quiet(), cured("RoboCasa-GR1", "robocasa_gr1"):
                 seen = self._env.reset()
         finally:
             np.random.set_state(before)
@@ -173,10 +172,3 @@ def _point_to(assets: Path) -> None:
         raise RuntimeError(
             f"this process has read {robocasa_gr1.models.assets_root} and cannot read {assets} as well; start another."
         )
-
-
-@contextlib.contextmanager
-def _quiet() -> Iterator[None]:
-    """The benchmark and robosuite print while they build."""
-    with contextlib.redirect_stdout(io.StringIO()):
-        yield

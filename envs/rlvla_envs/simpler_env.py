@@ -22,12 +22,13 @@ from rlvla_envs.base import (
     SuiteConfig,
 )
 from rlvla_envs.common import check_options, record_expert
-from rlvla_envs.maniskill_common import building_simulator, require_maniskill
+from rlvla_envs.maniskill_common import require_maniskill
 from rlvla_envs.simpler_assets import DOWNLOAD, asset_root, check_assets, prepare_assets
 from rlvla_envs.simpler_rules import RuleName
 from rlvla_envs.simpler_tasks import chosen_tasks, configuration_of
 from rlvla_envs.simpler_twin import CAMERA, make_twin
 from rlvla_envs.suites import NotReadyError, Ready
+from rlvla_envs.vulkan_drawing import building_simulator
 
 ACTION = (
     ActionComponent(name="translation", size=3, convention="delta, robot base frame, metres", low=-0.05, high=0.05),

@@ -25,14 +25,13 @@ from rlvla_envs.robocasa_gr1_standins import (
     BOX,
     CATEGORIES,
     REGISTRIES,
-    STAMP,
+    VERSION,
     categories,
-    is_current,
     missing_files,
     object_xml,
-    picture,
 )
 from rlvla_envs.robocasa_gr1_tasks import STATE_NAMES, STATES_PER_TASK, TASKS, chosen_tasks
+from rlvla_envs.stand_ins import STAMP, is_current, picture
 from rlvla_envs.suites import HELD_OUT, NotReadyError, homes, interpreter_of, make_env, stand_in_maker
 
 ALL = SuiteConfig(name="robocasa_gr1", task="all", image_size=256, num_evaluation_states=1200)
@@ -193,7 +192,7 @@ def test_stand_ins_of_another_release_or_half_written_are_not_taken(prefix: Path
     stamp = prefix / STAND_INS / STAMP
     for content in ('{"version": 0}', "{", ""):
         stamp.write_text(content)
-        assert not is_current(prefix / STAND_INS)
+        assert not is_current(prefix / STAND_INS, VERSION)
         with pytest.raises(NotReadyError, match="its stand-ins are of another release"):
             find_assets(prefix)
     make_stand_ins(prefix)
@@ -244,6 +243,6 @@ def test_an_object_has_the_sites_that_placing_it_asks_for(category: str, places:
 
 
 def test_only_suites_without_assets_of_their_own_have_stand_ins() -> None:
-    assert {name for name, home in homes().items() if stand_in_maker(home)} == {"robocasa_gr1"}
+    assert {name for name, home in homes().items() if stand_in_maker(home)} == {"robocasa_gr1", "robotwin"}
     with pytest.raises(ValueError, match="stand_ins=true, but metaworld installs its own assets"):
         run(compose("suites", ["setup", "metaworld", "stand_ins=true"]))
