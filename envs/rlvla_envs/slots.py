@@ -99,6 +99,10 @@ class SlottedEnv(Generic[W]):
         """Build a simulation of a task."""
         raise NotImplementedError
 
+    def _step_limit(self, slot: Slot[W]) -> int:
+        """Steps after which a running episode is cut off; of a suite whose tasks differ, those of its task."""
+        return self.spec.max_episode_steps
+
     def _worded(self, slot: Slot[W]) -> str:
         """What the policy is told in a running episode."""
         raise NotImplementedError
@@ -139,9 +143,10 @@ class SlottedEnv(Generic[W]):
         return place_of(len(self.spec.tasks), self.spec.evaluation_states_per_task[0], initial_state)
 
     def _step(self, number: int, chunk: np.ndarray) -> ChunkResult:
-        slot, limit = self._slots[number], self.spec.max_episode_steps
+        slot = self._slots[number]
         if slot.over or slot.world is None:
             raise RuntimeError(f"slot {number} of {self.spec.task} has no running episode; reset it first.")
+        limit = self._step_limit(slot)
         success, executed, after = False, 0, After()
         look: Look | None = None
         for action in np.clip(chunk.astype(np.float64), self._low, self._high):

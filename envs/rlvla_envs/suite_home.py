@@ -30,6 +30,8 @@ class Home:
     download_megabytes: int
     newest: tuple[int, int] | None = None
     """Newest Python that all exact versions have wheels for; None where that is not known to end."""
+    alone: tuple[str, ...] = ()
+    """Distributions that are installed without looking at what they require, because it contradicts the list."""
 
     def requirements_file(self) -> Path:
         """Exact versions of everything, one a line, for pip."""

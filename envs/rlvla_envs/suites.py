@@ -39,6 +39,8 @@ SUITES = {
     "metaworld_ml45_test": "rlvla_envs.metaworld:MetaWorldEnv",
     "robocasa_gr1": "rlvla_envs.robocasa_gr1:RoboCasaGR1Env",
     "calvin": "rlvla_envs.calvin:CalvinEnv",
+    "robotwin_easy": "rlvla_envs.robotwin:RoboTwinEnv",
+    "robotwin_hard": "rlvla_envs.robotwin:RoboTwinEnv",
     "vln_ce": "rlvla_envs.vln_ce:missing_simulator",
 }
 
@@ -57,6 +59,8 @@ HELD_OUT = {
     "metaworld_ml45_test",
     "robocasa_gr1",
     "calvin",
+    "robotwin_easy",
+    "robotwin_hard",
     "vln_ce",
 }
 """Suites that are there to be measured on; nothing is trained on them."""
@@ -112,6 +116,11 @@ def stand_in_maker(home: Home) -> Callable[[Path], int] | None:
     return None
 
 
+def trial_task(name: str) -> str:
+    """Task of a suite with which a new environment is tried: its first, where its module does not say another one."""
+    return str(getattr(suite_module(name), "TRIAL_TASK", "0"))
+
+
 def interpreter_of(config: SuiteConfig) -> str | None:
     """The interpreter that hosts a suite: ``suite.python``; else this one (None) where it can; else the suite's home.
 
@@ -156,7 +165,7 @@ def make_env_here(config: SuiteConfig, num_envs: int) -> VecEnv:
 def suite_module(name: str) -> ModuleType:
     """The module of a suite. Beside its class it may have ``memory_mb`` (`check_memory`), ``check_ready``
     (`check_ready`), ``outline`` (`outline`), ``VERSION`` and ``PACKAGES`` (`suite_version`), ``RENDERER`` ("vulkan"
-    or "mujoco"), ``HOME`` (`home_of`) and ``make_stand_ins`` (`stand_in_maker`)."""
+    or "mujoco"), ``HOME`` (`home_of`), ``make_stand_ins`` (`stand_in_maker`) and ``TRIAL_TASK`` (`trial_task`)."""
     return importlib.import_module(SUITES[name].split(":")[0])
 
 

@@ -43,6 +43,12 @@ HOSTED = (
     "robocasa_gr1_standins",
     "robocasa_gr1_tasks",
     "robocasa_gr1_world",
+    "robotwin",
+    "robotwin_standins",
+    "robotwin_tasks",
+    "robotwin_world",
+    "stand_ins",
+    "vulkan_drawing",
     "slots",
 )
 """Modules that other interpreters load, where jaxtyping may be absent."""
