@@ -137,8 +137,8 @@ class RoboTwinEnv(SlottedEnv["World"]):
         from rlvla_envs.robotwin_world import World, load
 
         name, config = self._tasks[task], self._config
-        code = load(name, SUITE_CONFIGS[config.name], self._assets.folder, _shader(config))
-        return World(name, code, config.image_size, _words(config), seeds_of(config)[name])
+        code = load(name, SUITE_CONFIGS[config.name], self._assets.folder, shader(config))
+        return World(name, code, config.image_size, words(config), seeds_of(config)[name])
 
     def _step_limit(self, slot: Slot[World]) -> int:
         return min(self.spec.max_episode_steps, STEP_LIMITS[self._tasks[slot.task]])
@@ -233,30 +233,40 @@ def seeds_of(config: SuiteConfig) -> dict[str, list[list[int]]]:
     return {task: [seeds_to_try(FIRST_SEED + state) for state in range(STATES_PER_TASK)] for task in tasks}
 
 
-def _words(config: SuiteConfig) -> str:
+def words(config: SuiteConfig) -> str:
+    """Which instructions."""
     return str(config.options.get("instructions", WORDS[0]))
 
 
-def _shader(config: SuiteConfig) -> str:
+def shader(config: SuiteConfig) -> str:
+    """Which way of drawing."""
     return str(config.options.get("shader", SHADERS[0]))
 
 
 def _variant(config: SuiteConfig) -> str:
-    """What makes an episode another one. Of a list of seeds the numbers count, not where it lies."""
-    parts = [] if _words(config) == WORDS[0] else [f"instructions={_words(config)}"]
-    parts += [] if _shader(config) == SHADERS[0] else [f"shader={_shader(config)}"]
+    """Of a list of seeds the numbers count, not where it lies."""
+    parts = shared_variant(config)
     if config.options.get("seeds"):
         parts.append(f"seeds={hashlib.sha256(repr(sorted(seeds_of(config).items())).encode()).hexdigest()[:8]}")
     return ", ".join(parts)
 
 
+def shared_variant(config: SuiteConfig) -> list[str]:
+    """What of the options that all such suites have makes an episode another one."""
+    said = (("instructions", words(config), WORDS), ("shader", shader(config), SHADERS))
+    return [f"{name}={value}" for name, value, known in said if value != known[0]]
+
+
+def shared_notes(config: SuiteConfig) -> tuple[str, ...]:
+    """See `EnvSpec.notes`."""
+    if shader(config) == SHADERS[0]:
+        return ("pictures: rasterized; the benchmark traces rays (suite.options.shader=rt, on a GPU that can)",)
+    return ()
+
+
 def _notes(config: SuiteConfig) -> tuple[str, ...]:
-    notes = []
-    if not config.options.get("seeds"):
-        notes.append("seeds: counted up, not filtered by the benchmark's expert (suite.options.seeds=FILE gives those)")
-    if _shader(config) == SHADERS[0]:
-        notes.append("pictures: rasterized; the benchmark traces rays (suite.options.shader=rt, on a GPU that can)")
-    return tuple(notes)
+    seeds = "seeds: counted up, not filtered by the benchmark's expert (suite.options.seeds=FILE gives those)"
+    return (*shared_notes(config), *(() if config.options.get("seeds") else (seeds,)))
 
 
 def check(config: SuiteConfig) -> None:
@@ -265,14 +275,17 @@ def check(config: SuiteConfig) -> None:
     Raises:
         ValueError: something is.
     """
-    states = STATES_PER_TASK * len(chosen_tasks(config.name, config.task))
-    check_slotted(
-        config, OPTIONS, who="RoboTwin", largest_image=MAX_IMAGE_SIZE, states=states, kind="evaluation states"
-    )
-    for name, said, known in (("instructions", _words(config), WORDS), ("shader", _shader(config), SHADERS)):
+    check_arms(config, OPTIONS, chosen_tasks(config.name, config.task), who="RoboTwin")
+    seeds_of(config)
+
+
+def check_arms(config: SuiteConfig, options: set[str], tasks: Sequence[str], *, who: str) -> None:
+    """What suites on RoboTwin's robot ask of a configuration; see `slots.check_slotted`."""
+    states = STATES_PER_TASK * len(tasks)
+    check_slotted(config, options, who=who, largest_image=MAX_IMAGE_SIZE, states=states, kind="evaluation states")
+    for name, said, known in (("instructions", words(config), WORDS), ("shader", shader(config), SHADERS)):
         if said not in known:
             raise ValueError(f"suite.options.{name} is {said!r}; it must be one of {', '.join(known)}.")
-    seeds_of(config)
 
 
 def outline(config: SuiteConfig) -> dict[str, int]:

@@ -96,7 +96,7 @@ def chosen_tasks(suite: str, choice: str) -> tuple[str, ...]:
     return chosen_names(suite, TASKS, choice)
 
 
-def seeds_to_try(seed: int) -> list[int]:
+def seeds_to_try(seed: int, moves: int = MOVES) -> list[int]:
     """A seed, and those that take its place where the scene it draws does not stand still.
 
     The benchmark moves on to the next number, which is another state's own; here the numbers of two states never meet.
@@ -104,7 +104,7 @@ def seeds_to_try(seed: int) -> list[int]:
     >>> seeds_to_try(100_007)[:3]
     [100007, 100107, 100207]
     """
-    return [seed + STATES_PER_TASK * move for move in range(MOVES)]
+    return [seed + STATES_PER_TASK * move for move in range(moves)]
 
 
 def read_seeds(file: Path, tasks: tuple[str, ...]) -> dict[str, tuple[int, ...]]:

@@ -21,7 +21,7 @@ import numpy as np
 
 from rlvla_envs.common import boxed, quiet
 from rlvla_envs.robotwin_standins import EMBODIMENT
-from rlvla_envs.robotwin_tasks import seeds_to_try
+from rlvla_envs.robotwin_tasks import MOVES, seeds_to_try
 from rlvla_envs.slots import After, Look
 from rlvla_envs.vulkan_drawing import building_simulator
 
@@ -39,8 +39,8 @@ class Code(NamedTuple):
     """The benchmark's own code for one task."""
 
     task: Callable[[], Any]
-    unstable: type[Exception]
-    """Raised where the objects of a seed do not stand still."""
+    passed_over: tuple[type[Exception], ...]
+    """Raised where a seed cannot be used: its objects do not stand still."""
     describe: Callable[..., list[dict[str, Any]]]
     """Instructions of an episode."""
     settings: dict[str, Any]
@@ -56,6 +56,9 @@ class World:
         seeds: of every evaluation state, those to try in turn.
     """
 
+    tries = MOVES
+    """Seeds for an episode."""
+
     def __init__(self, task: str, code: Code, size: int, words: str, seeds: Sequence[Sequence[int]]) -> None:
         self._name, self._code, self._size, self._words, self._seeds = task, code, size, words, seeds
         self._task: Any = None
@@ -67,7 +70,7 @@ class World:
         return self._start(self._seeds[index])
 
     def start_drawn(self, seed: int) -> Look:
-        return self._start(seeds_to_try(seed))
+        return self._start(seeds_to_try(seed, self.tries))
 
     def _start(self, seeds: Sequence[int]) -> Look:
         """Begin with the first of ``seeds`` whose objects stand still.
@@ -79,16 +82,16 @@ class World:
         for moves, seed in enumerate(seeds):
             self._forget()
             try:
-                with building_simulator("RoboTwin"), _cured(), quiet(), self._own_random():
+                with building_simulator("RoboTwin"), cured(), quiet(), self._own_random():
                     self._task = self._set_up(seed)
-            except self._code.unstable as error:
+            except self._code.passed_over as error:
                 complaint = error
                 continue
             self.seed, self.language = seed, self._told(seed)
             self.after = After(metrics=self._measured(moves))
             return self.see()
         raise RuntimeError(
-            f"{self._name} does not stand still with any of the seeds {', '.join(map(str, seeds))}: {complaint}. A "
+            f"{self._name} cannot begin with any of the seeds {', '.join(map(str, seeds))}: {complaint}. A "
             "seed of suite.options.seeds that does not must be taken out of that list."
         )
 
@@ -181,13 +184,13 @@ def load(task: str, config: str, assets: Path, shader: str) -> Code:
     Raises:
         RuntimeError: the benchmark is not installed or a file is missing.
     """
-    with _cured(), quiet():
+    with cured(), quiet():
         point_to(assets)
         patch("robotwin.envs", shader)
         read: Any = importlib.import_module("robotwin.config").load_task_config
         return Code(
             task=getattr(importlib.import_module(f"robotwin.envs.{task}"), task),
-            unstable=importlib.import_module("robotwin.envs.utils.create_actor").UnStableError,
+            passed_over=(importlib.import_module("robotwin.envs.utils.create_actor").UnStableError,),
             describe=importlib.import_module("robotwin.description").generate_episode_descriptions,
             settings=settings_of(task, read(config), read("_camera_config"), assets),
         )
@@ -222,7 +225,7 @@ def point_to(assets: Path) -> None:
         os.environ[name] = str(assets)
 
 
-def patch(package: str, shader: str) -> None:
+def patch(package: str, shader: str, *, plans_joints_only: bool = True) -> None:
     """Make the benchmark run without a GPU, cuRobo and open3d. Before any of its tasks is imported.
 
     * open3d, 400 MB, is imported and used for point clouds alone, which nobody here asks for.
@@ -232,6 +235,7 @@ def patch(package: str, shader: str) -> None:
     Args:
         package: of the benchmark's code: ``robotwin.envs``, or ``envs`` in a clone.
         shader: see `load`.
+        plans_joints_only: replace the planner; who wants the benchmark's expert does not.
     """
     if "open3d" not in sys.modules and importlib.util.find_spec("open3d") is None:
         sys.modules["open3d"] = ModuleType("open3d")
@@ -242,6 +246,8 @@ def patch(package: str, shader: str) -> None:
     original, denoise = render.rlvla_set_camera_shader_dir, render.rlvla_set_ray_tracing_denoiser
     render.set_camera_shader_dir = lambda _: original(shader)
     render.set_ray_tracing_denoiser = denoise if shader == "rt" else lambda _: None
+    if not plans_joints_only:
+        return
     robot: Any = importlib.import_module(f"{package}.robot.robot")
     planner: Any = importlib.import_module(f"{package}.robot.planner").MplibPlanner
 
@@ -258,11 +264,16 @@ def patch(package: str, shader: str) -> None:
 
 
 @contextlib.contextmanager
-def _cured() -> Iterator[None]:
+def cured(name: str = "RoboTwin") -> Iterator[None]:
+    """Around what reads the benchmark's files.
+
+    Raises:
+        RuntimeError: a package or a file is missing; the message has the cure.
+    """
     try:
         yield
     except (ImportError, FileNotFoundError) as error:
         raise RuntimeError(
-            f"RoboTwin cannot start: {error}. `rlvla suites setup robotwin` installs its code or repairs what is "
-            "there; objects are in the official assets alone (docs/how-to/robotwin.md)."
+            f"{name} cannot start: {error}. `rlvla suites setup robotwin` installs RoboTwin's code or repairs what is "
+            f"there; docs/how-to/robotwin.md says what else {name} needs."
         ) from error

@@ -41,6 +41,7 @@ SUITES = {
     "calvin": "rlvla_envs.calvin:CalvinEnv",
     "robotwin_easy": "rlvla_envs.robotwin:RoboTwinEnv",
     "robotwin_hard": "rlvla_envs.robotwin:RoboTwinEnv",
+    "domino": "rlvla_envs.domino:DominoEnv",
     "vln_ce": "rlvla_envs.vln_ce:missing_simulator",
 }
 
@@ -61,6 +62,7 @@ HELD_OUT = {
     "calvin",
     "robotwin_easy",
     "robotwin_hard",
+    "domino",
     "vln_ce",
 }
 """Suites that are there to be measured on; nothing is trained on them."""
