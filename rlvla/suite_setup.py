@@ -58,11 +58,10 @@ def set_up(home: Home, *, trial_timeout_s: float | None, stand_ins: bool = False
                 _pip(home, "--force-reinstall", "--no-deps", *damaged)
             else:
                 _say(f"installing {len(home.requirements())} packages, {home.download_megabytes} MB, takes minutes")
-                lines = home.requirements()
-                alone = [line for line in lines if line.partition("==")[0] in home.alone]
-                _pip(home, *(line for line in lines if line not in alone))
-                if alone:
-                    _pip(home, "--no-deps", *alone)
+                alone = [line for line in home.requirements() if line.partition("==")[0] in home.alone]
+                for words, lines in (((), set(home.requirements()) - set(alone)), (("--no-deps",), alone)):
+                    if lines:
+                        _pip(home, *words, *sorted(lines))
             (folder / STAMP).write_text(json.dumps({"requirements": home.requirements()}, indent=1))
             installed = True
             _say(f"{home.name} is installed in {folder}")

@@ -49,7 +49,7 @@ ABROAD = {
 RUN_ANYWHERE = {"toy", *ABROAD}
 """The others need a simulator."""
 
-_FAMILIES = ("libero", "metaworld", "robocasa", "calvin", "vln_ce")
+_FAMILIES = ("libero", "metaworld", "robocasa", "calvin", "robotwin", "domino", "vln_ce")
 ELSEWHERE = {name for name in SUITES if name.startswith(_FAMILIES) and name not in SMALL}
 """Suites without experts, or whose experts need more steps than `LIMIT`: their contract is in a file of their own. And
 suites with the class of one that is here."""

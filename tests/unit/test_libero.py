@@ -4,6 +4,7 @@ import json
 import math
 import sys
 import zipfile
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -49,21 +50,26 @@ def empty_place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 @pytest.fixture
 def small_home(tmp_path: Path, empty_place: Path, monkeypatch: pytest.MonkeyPatch) -> Home:
     """An environment of one package, which pip finds in a folder."""
-    files = {
-        "brick.py": "",
-        "brick-1.0.dist-info/METADATA": "Metadata-Version: 2.1\nName: brick\nVersion: 1.0\n",
-        "brick-1.0.dist-info/WHEEL": "Wheel-Version: 1.0\nRoot-Is-Purelib: true\nTag: py3-none-any\n",
-    }
-    files["brick-1.0.dist-info/RECORD"] = "".join(f"{name},,\n" for name in [*files, "brick-1.0.dist-info/RECORD"])
-    with zipfile.ZipFile(tmp_path / "brick-1.0-py3-none-any.whl", "w") as wheel:
-        for name, text in files.items():
-            wheel.writestr(name, text)
+    write_brick(tmp_path)
     monkeypatch.setenv("PIP_NO_INDEX", "1")
     monkeypatch.setenv("PIP_FIND_LINKS", str(tmp_path))
     requirements = tmp_path / "requirements.txt"
     requirements.write_text("# exact\nbrick==1.0\n")
     monkeypatch.setattr(Home, "requirements_file", lambda _: requirements)
     return Home(name="small", modules=("no_such_module",), python=(3, 10), megabytes=1, download_megabytes=1)
+
+
+def write_brick(folder: Path, more: str = "") -> None:
+    """A wheel of the least package, with ``more`` lines of metadata."""
+    files = {
+        "brick.py": "",
+        "brick-1.0.dist-info/METADATA": f"Metadata-Version: 2.1\nName: brick\nVersion: 1.0\n{more}",
+        "brick-1.0.dist-info/WHEEL": "Wheel-Version: 1.0\nRoot-Is-Purelib: true\nTag: py3-none-any\n",
+    }
+    files["brick-1.0.dist-info/RECORD"] = "".join(f"{name},,\n" for name in [*files, "brick-1.0.dist-info/RECORD"])
+    with zipfile.ZipFile(folder / "brick-1.0-py3-none-any.whl", "w") as wheel:
+        for name, text in files.items():
+            wheel.writestr(name, text)
 
 
 # --- pictures and states
@@ -293,6 +299,20 @@ def test_a_package_that_cannot_be_had_is_said_and_leaves_nothing_that_looks_fini
     with pytest.raises(RuntimeError, match=r"(?s)pip could not install what small needs:.*brick==2.0.*again"):
         set_up(small_home, trial_timeout_s=None)
     assert not small_home.is_set_up()
+
+
+@pytest.mark.slow
+def test_a_package_that_contradicts_the_list_is_installed_alone_where_the_home_says_so(
+    small_home: Home, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("rlvla.suite_setup.PIP_TRIES", 1)
+    write_brick(tmp_path, "Requires-Dist: mortar==9\n")
+    with pytest.raises(RuntimeError, match="mortar"):
+        set_up(small_home, trial_timeout_s=None)
+    alone = replace(small_home, alone=("brick",))
+    assert set_up(alone, trial_timeout_s=None)["installed"]
+    assert alone.is_set_up()
+    assert list(alone.folder().glob("lib/python*/site-packages/brick.py"))
 
 
 def test_a_python_that_the_exact_versions_have_no_wheels_for_is_refused(empty_place: Path) -> None:
