@@ -1,13 +1,16 @@
 """RoboTwin through its own interpreter, on whatever assets it has. An episode takes seconds to start: there are few."""
 
 from collections.abc import Callable
+from pathlib import Path
 
 import numpy as np
 import pytest
+import yaml
 
 from rlvla_envs.base import FIRST_TRAINING_STATE, Filmable, Observation, SuiteConfig, VecEnv, require_score
 from rlvla_envs.robotwin import ACTION, CAMERAS
-from rlvla_envs.robotwin_tasks import STATE_NAMES
+from rlvla_envs.robotwin_standins import EMBODIMENT
+from rlvla_envs.robotwin_tasks import BOX_TASKS, STATE_NAMES, STEP_LIMITS, SUITE_CONFIGS
 from rlvla_envs.suites import check_ready
 from tests.contract.same import assert_equal
 
@@ -51,6 +54,15 @@ def test_the_spec_describes_the_data(world: VecEnv) -> None:
     assert "green block" in first.instruction[0]
     assert first.state is not None
     assert (first.state[0, 6], first.state[0, 13]) == (1, 1), "both grippers begin open"
+
+
+def test_tasks_limits_and_which_want_objects_are_the_packages_own(python: str) -> None:
+    (package,) = Path(python).parents[1].glob("lib/python3*/site-packages/robotwin")
+    assert yaml.safe_load((package / "configs/task/_eval_step_limit.yml").read_text()) == STEP_LIMITS
+    sources = {task: (package / f"envs/{task}.py").read_text() for task in STEP_LIMITS}
+    assert tuple(task for task, source in sources.items() if "modelname" not in source) == BOX_TASKS
+    for name in SUITE_CONFIGS.values():
+        assert yaml.safe_load((package / f"configs/task/{name}.yml").read_text())["embodiment"] == [EMBODIMENT]
 
 
 def test_an_action_is_where_a_joint_shall_be_and_moves_the_other_arm_not(world: VecEnv) -> None:
