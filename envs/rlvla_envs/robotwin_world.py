@@ -73,7 +73,7 @@ class World:
         return self._start(seeds_to_try(seed, self.tries))
 
     def _start(self, seeds: Sequence[int]) -> Look:
-        """Begin with the first of ``seeds`` whose objects stand still.
+        """Begin with the first of ``seeds`` that can be used.
 
         Raises:
             RuntimeError: none does.
@@ -91,8 +91,8 @@ class World:
             self.after = After(metrics=self._measured(moves))
             return self.see()
         raise RuntimeError(
-            f"{self._name} cannot begin with any of the seeds {', '.join(map(str, seeds))}: {complaint}. A "
-            "seed of suite.options.seeds that does not must be taken out of that list."
+            f"{self._name} cannot begin with any of the seeds {', '.join(map(str, seeds))}: {complaint}. "
+            "One of suite.options.seeds has to be taken out of that list."
         )
 
     def _set_up(self, seed: int) -> Any:
@@ -110,7 +110,9 @@ class World:
         found = self._code.describe(self._name, [self._episode_info()], 1, seed)
         sentences = found[0][self._words] if found else []
         if not sentences:
-            raise RuntimeError(f"RoboTwin has no {self._words} instruction for {self._name}; set suite.instruction.")
+            raise RuntimeError(
+                f"RoboTwin has no {self._words} instruction for {self._name}; set suite.options.instructions."
+            )
         return str(sentences[0])
 
     def _episode_info(self) -> dict[str, str]:
