@@ -12,16 +12,41 @@ from rlvla.policies.base import ChunkPolicy, Context, Decision, pad_tokens
 from rlvla.policies.numerics import running, to_device
 from rlvla.samplers import Sampler, evaluation_sampler
 from rlvla.seeding import normal
-from rlvla_envs.base import Observation
+from rlvla_envs.base import Observation, Scattered
+
+
+@dataclass(frozen=True)
+class Block:
+    """What decisions that were taken at once were made from."""
+
+    batch: TensorDict
+    context: Context
+
+    def __len__(self) -> int:
+        return len(self.batch)
 
 
 @dataclass(frozen=True)
 class Thought:
-    """A decision together with what it was made from."""
+    """Decisions together with what they were made from."""
 
     decision: Decision
-    batch: TensorDict
-    context: Context
+    blocks: list[Block]
+    places: torch.Tensor
+    """Where each row is among the rows of the blocks."""
+
+    @property
+    def batch(self) -> TensorDict:
+        """Of all rows: a copy where there are several blocks."""
+        return self._together([block.batch for block in self.blocks])
+
+    @property
+    def context(self) -> Context:
+        """As `batch`."""
+        return Context.from_tensordict(self._together([block.context.to_tensordict() for block in self.blocks]))
+
+    def _together(self, parts: list[TensorDict]) -> TensorDict:
+        return parts[0] if len(parts) == 1 else torch.cat(pad_tokens(parts))[self.places]
 
 
 class Actor:
@@ -56,34 +81,37 @@ class Actor:
         sampler = sampler or evaluation_sampler(self.policy)
         blocks = self._blocks(observation)
         with one_thread():
-            thoughts = [
-                self._decide_block(_taken(observation, block), [rngs[i] for i in block[:n]], temperature, sampler)
-                for block, n in blocks
+            made = [
+                self._decide_block(_taken(observation, block), [rngs[i] for i in block], temperature, sampler)
+                for block in blocks
             ]
-        return _concatenate(thoughts, _places(blocks))
+        places = _places(blocks)
+        decisions = [decision for decision, _ in made]
+        actions = np.concatenate([decision.action for decision in decisions])[places.numpy()]
+        stored = torch.cat([decision.stored for decision in decisions])[places]
+        return Thought(Decision(actions, stored), [block for _, block in made], places)
 
     @torch.no_grad()
     def encode(self, observation: Observation) -> Context:
         """Contexts of any number of rows, for values of final observations."""
         blocks = self._blocks(observation)
         with one_thread():
-            batches = [to_device(self.policy.collate(_taken(observation, block)), self.device) for block, _ in blocks]
-            contexts = [
-                self.policy.encode(batch).to_tensordict()[:n] for batch, (_, n) in zip(batches, blocks, strict=True)
-            ]
+            batches = [to_device(self.policy.collate(_taken(observation, block)), self.device) for block in blocks]
+            contexts = [self.policy.encode(self._filled(batch)).to_tensordict()[: len(batch)] for batch in batches]
         return Context.from_tensordict(torch.cat(pad_tokens(contexts))[_places(blocks)])
 
-    def _blocks(self, observation: Observation) -> list[tuple[list[int], int]]:
-        """(rows, how many of them are real): rows of one context length, the last one repeated to fill."""
+    def _blocks(self, observation: Observation) -> list[list[int]]:
+        """Rows of one context length, at most `block` at once."""
         by_length: dict[int, list[int]] = {}
         for row, instruction in enumerate(observation.instruction):
             by_length.setdefault(self.policy.context_length(instruction), []).append(row)
-        blocks = []
-        for rows in by_length.values():
-            for start in range(0, len(rows), self.block):
-                part = rows[start : start + self.block]
-                blocks.append((part + [part[-1]] * (self.block - len(part)), len(part)))
-        return blocks
+        return [rows[i : i + self.block] for rows in by_length.values() for i in range(0, len(rows), self.block)]
+
+    def _filled(self, batch: TensorDict) -> TensorDict:
+        """A block of it, by repeating the last row."""
+        if len(batch) == self.block:
+            return batch
+        return batch[torch.arange(self.block, device=self.device).clamp(max=len(batch) - 1)]
 
     def _decide_block(
         self,
@@ -91,22 +119,22 @@ class Actor:
         rngs: list[np.random.Generator],
         temperature: float,
         sampler: Sampler,
-    ) -> Thought:
+    ) -> tuple[Decision, Block]:
         policy, num_rows = self.policy, len(rngs)
         batch = to_device(policy.collate(observation), self.device)
-        # Rows without a generator are padding: they repeat the last row, and must not advance its generator.
+        # What fills the block has no generator: it repeats the last row, and must not advance that one's.
         draws = [sampler.draw(policy, rng) for rng in rngs]
         draws += [draws[-1]] * (self.block - num_rows)
         # After the sampler's, so that a policy that asks for none has the bits it always had.
         noise = {name: np.stack([normal(rng, *size) for rng in rngs]) for name, size in policy.context_noise().items()}
         if noise:
-            batch["noise"] = context_noise(noise, self.block).to(self.device) * temperature
+            batch["noise"] = context_noise(noise, num_rows).to(self.device) * temperature
         with running(policy):
-            context = policy.encode(batch)
+            context = policy.encode(self._filled(batch))
             made = sampler.sample(policy, context, draws, temperature)
         keep = slice(num_rows)
         decision = Decision(policy.actions_to_env(made.action)[keep], made.stored[keep])
-        return Thought(decision, batch[keep], Context.from_tensordict(context.to_tensordict()[keep]))
+        return decision, Block(batch, Context.from_tensordict(context.to_tensordict()[keep]))
 
 
 def context_noise(draws: Mapping[str, np.ndarray], num_rows: int) -> TensorDict:
@@ -128,21 +156,9 @@ def one_thread() -> Iterator[None]:
 
 
 def _taken(observation: Observation, rows: list[int]) -> Observation:
-    """Copied only where it is not the observation itself."""
-    return observation if rows == list(range(len(observation))) else observation.take(rows)
+    return observation if len(rows) == len(observation) else Scattered([(observation, row) for row in rows])
 
 
-def _places(blocks: list[tuple[list[int], int]]) -> torch.Tensor:
+def _places(blocks: list[list[int]]) -> torch.Tensor:
     """Where each row of the observation is among the rows of the blocks."""
-    return torch.tensor([row for block, n in blocks for row in block[:n]]).argsort()
-
-
-def _concatenate(thoughts: list[Thought], places: torch.Tensor) -> Thought:
-    if len(thoughts) == 1:
-        return thoughts[0]
-    actions = np.concatenate([t.decision.action for t in thoughts])
-    return Thought(
-        Decision(actions[places.numpy()], torch.cat([t.decision.stored for t in thoughts])[places]),
-        torch.cat(pad_tokens([t.batch for t in thoughts]))[places],
-        Context.from_tensordict(torch.cat(pad_tokens([t.context.to_tensordict() for t in thoughts]))[places]),
-    )
+    return torch.tensor([row for block in blocks for row in block]).argsort()

@@ -12,12 +12,14 @@ from torch.distributed.tensor import DTensor
 
 from rlvla.config import AlgoConfig, ComputeConfig, LearnerStrategy, LRSchedule, Objective, Precision
 from rlvla.cotraining import CoTraining
+from rlvla.minibatches import Minibatch, minibatches, nothing, passes
 from rlvla.objectives import objective_loss
 from rlvla.parallel import context_of, hold
 from rlvla.policies.base import ChunkPolicy, ValueHead, context_is_fixed, trained_groups
 from rlvla.policies.groups import check_groups, group_rates, require_gradients, trained_parameters
 from rlvla.ranks import ALONE, Group, naming_the_lost
 from rlvla.reasoning import ReasoningTeacher
+from rlvla.rounds import next_rows, recall
 from rlvla.samplers import Likelihood, Sampler
 from rlvla.seeding import Stream, keyed_rng
 from rlvla.teachers import ActionTeacher
@@ -48,21 +50,6 @@ class Forward:
     @property
     def log_prob(self) -> Tensor:
         return self.likelihood.log_prob
-
-
-@dataclass
-class Minibatch:
-    """This rank's rows of a minibatch of all ranks."""
-
-    data: TensorDict
-    rows: int
-    """Decisions of all ranks together."""
-    weight: float
-    """0 where this rank has no row: it then runs one that counts nothing, because the others wait for its part."""
-    index: Tensor
-    """Where ``data`` is among this rank's decisions."""
-    whole: "Minibatch | None" = None
-    """What this is a pass of, where a minibatch takes several; ``rows`` are still those of all."""
 
 
 class Learner:
@@ -165,8 +152,8 @@ class Learner:
 
         Args:
             rollout: this rank's episodes; those of rank 0 come first among all.
-            consume: take the contexts, or what they are made from, out of the rollout: a large model has no room for
-                them twice.
+            consume: take what decisions were made from out of the rollout, so that it is freed when nobody reads it any
+                more.
 
         Raises:
             InvariantError: the learner does not score the rollout's own actions as the rollout did, on any rank. Of
@@ -175,9 +162,9 @@ class Learner:
         group = self.group
         data = rollout[rollout["valid"]]
         if self.config.auxiliary_weight > 0:
-            data["next_row"] = next_rows(rollout["valid"])[rollout["valid"]]
-        for key in {"context", "batch"} & set(rollout.keys()) if consume else ():
-            del rollout[key]
+            data["next_row"] = next_rows(rollout["row"], rollout["valid"])[rollout["valid"]]
+        if consume:
+            del rollout["rounds"]
         self._set_learning_rate(iteration)
         version = data.get("version")
         stale = version is not None and bool((version < iteration).any())
@@ -234,8 +221,9 @@ class Learner:
             return f"{successes} successes in {episodes} episodes carry no signal"
         return ""
 
-    def forward(self, batch: TensorDict) -> Forward:
+    def forward(self, decisions: TensorDict, *, next_images: bool = False) -> Forward:
         """One pass gives log-probability and value. All ranks call it equally often."""
+        batch = recall(decisions, next_images=next_images)
         with naming_the_lost():
             scored = self._held.score(batch, self.sampler)
         read = self.value_head.read(scored.features, scored.tokens, scored.token_mask)
@@ -256,7 +244,7 @@ class Learner:
                     demonstrated: Tensor | None = None
                     if self.cotraining is not None and pass_ == 0:
                         demonstrated = self.cotraining.loss(self.sampler, iteration, epoch, num_batches)
-                    found, moved = self._descend(piece, data, demonstrated)
+                    found, moved = self._descend(piece, demonstrated)
                     kl += moved
                     for name, share in found.items():
                         measured[name] = measured.get(name, 0.0) + share
@@ -285,18 +273,14 @@ class Learner:
             **self._checked,
         }
 
-    def _descend(
-        self, piece: Minibatch, data: TensorDict, demonstrated: Tensor | None
-    ) -> tuple[dict[str, float], float]:
+    def _descend(self, piece: Minibatch, demonstrated: Tensor | None) -> tuple[dict[str, float], float]:
         """Add the gradients of one pass to those that are there.
 
         Returns:
             What there is to log of it, and its divergence from the collecting policy, both to be added up.
         """
         config, batch = self.config, piece.data
-        if config.auxiliary_weight > 0:
-            _add_next_images(batch, data)
-        new = self.forward(batch)
+        new = self.forward(batch, next_images=config.auxiliary_weight > 0)
         loss = objective_loss(config, new.likelihood, new.value, batch, self._totals(piece), self._clip_power(batch))
         entropy = self._entropy(new.likelihood, piece)
         total = loss.total if entropy is None else loss.total - config.entropy_coef * entropy
@@ -341,8 +325,8 @@ class Learner:
         """Note what the teacher would have done. Its answers stay the same during the epochs."""
         if self.teacher:
             data["teacher"] = self.teacher.answers(data, self.sampler, self._rows(data))
-            if "context" in data and "batch" in data:
-                del data["batch"]
+            if "context" in data["rounds"]:
+                data.set_non_tensor("rounds", data["rounds"].without("batch"))
 
     def _pull(self, likelihood: Likelihood, part: Minibatch) -> Tensor | None:
         """This rank's part of the minibatch's mean distance to the teacher; None where there is none."""
@@ -373,7 +357,7 @@ class Learner:
             for part in self._minibatches(data, iteration, epoch):
                 with torch.no_grad():
                     # The acting policy has its weights and is not about to change, so no rank need wait for another.
-                    context = context_of(self.policy, part.data)
+                    context = context_of(self.policy, recall(part.data))
                     features = self.policy.value_features(context)
                 read = self.value_head.read(features, context.tokens, context.mask)
                 value = self.value_head.value(read, part.data.get("time_left"))
@@ -430,39 +414,17 @@ class Learner:
         return Totals(self.group.total(entries)[0], part.rows)
 
     def _minibatches(self, data: TensorDict, iteration: int, epoch: int) -> Iterator[Minibatch]:
-        """A keyed permutation of all ranks' decisions in equal parts, and of each this rank's rows.
-
-        Equal parts, because a small last minibatch would be a noisy step of full size. Cut one at a time: together they
-        are a copy of all contexts.
-        """
-        counts = [int(count) for count in self.group.gather(len(data))]
-        first = sum(counts[: self.group.rank])
-        order = keyed_rng(self.seed, Stream.MINIBATCH, iteration, epoch).permutation(sum(counts))
-        parts = np.array_split(order, max(1, round(len(order) / self.config.minibatch_size)))
-        for part in parts:
-            mine = part[(part >= first) & (part < first + len(data))] - first
-            rows = data[torch.from_numpy(mine).to(data.device)] if len(mine) else _nothing(data)
-            yield Minibatch(rows, len(part), float(len(mine) > 0), torch.from_numpy(mine))
+        order = keyed_rng(self.seed, Stream.MINIBATCH, iteration, epoch)
+        return minibatches(data, order, self.config.minibatch_size, self.group)
 
     def _passes(self, part: Minibatch) -> Iterator[Minibatch]:
-        """A minibatch in equal parts that fit into ``compute.pass_tokens``, as many on every rank. Cut one at a time:
-        together they are a copy of it."""
-        most = self._rows_at_once(part.data)
-        number = 1 if most is None else int(self.group.largest(-(-len(part.data) // most))[0])
-        if number == 1:
-            yield part
-            return
-        for rows in np.array_split(np.arange(len(part.data)), number):
-            held = len(rows) > 0 and part.weight > 0
-            piece = part.data[torch.from_numpy(rows).to(part.data.device)] if len(rows) else _nothing(part.data)
-            index = part.index[torch.from_numpy(rows)] if held else part.index[:0]
-            yield Minibatch(piece, part.rows, float(held), index, part)
+        return passes(part, self._rows_at_once(part.data), self.group)
 
     def _rows_at_once(self, data: TensorDict) -> int | None:
         """Rows of a pass; None where a minibatch is one."""
         if self.compute.pass_tokens is None:
             return None
-        return max(1, self.compute.pass_tokens // (self.policy.encoded_tokens(data) + self.policy.horizon))
+        return max(1, self.compute.pass_tokens // (self.policy.encoded_tokens(recall(data[:1])) + self.policy.horizon))
 
     def _rows(self, data: TensorDict) -> int:
         """Rows of a pass without gradients."""
@@ -560,7 +522,7 @@ class Learner:
         batches = list(data.split(self._rows(data)))
         most = int(group.largest(len(batches))[0])
         kls, pulls = [], []
-        for batch in [*batches, *[_nothing(data)] * (most - len(batches))]:
+        for batch in [*batches, *[nothing(data)] * (most - len(batches))]:
             parameters = self.forward(batch).likelihood.parameters
             kls.append(self.sampler.kl(parameters, batch))
             if self.teacher:
@@ -592,29 +554,6 @@ class Learner:
             self._lr_scale /= KL_STEER
         elif kl < target / KL_STEER:
             self._lr_scale = min(self._lr_scale * KL_STEER, self.config.max_policy_lr / self.config.policy_lr)
-
-
-def _nothing(data: TensorDict) -> TensorDict:
-    """A row that can be run like any other and counts nothing."""
-    row = data[:1].clone()
-    row["mask"] = torch.zeros_like(row["mask"])
-    return row
-
-
-def next_rows(valid: Tensor) -> Tensor:
-    """Which of the valid decisions [E T], taken row by row, follows each: [E T], -1 where none does."""
-    number = valid.flatten().cumsum(0).reshape(valid.shape) - 1
-    following = torch.full_like(number, -1)
-    follows = valid[:, :-1] & valid[:, 1:]
-    following[:, :-1][follows] = number[:, 1:][follows]
-    return following
-
-
-def _add_next_images(batch: TensorDict, data: TensorDict) -> None:
-    """Of the decisions that follow: gathered for a minibatch at a time, because all of them are the images again."""
-    row = batch["next_row"]
-    images = data["batch", "images"][row.clamp(min=0)]
-    batch["batch", "next"] = TensorDict({"images": images, "valid": row >= 0}, batch_size=[len(batch)])
 
 
 def _check_auxiliary(policy: ChunkPolicy, config: AlgoConfig) -> None:

@@ -34,9 +34,6 @@ from rlvla_envs.suites import memory_estimate_mb
 
 GB, MB = 1e9, 2**20
 
-ROLLOUT_COPIES = 2
-"""While it is put together: its pieces and itself. While the valid decisions are cut out: itself and these, which are
-what is left of it during the epochs."""
 FULL = 0.95
 """A place is too small when the plan takes more of it than this: an allocator needs room to move."""
 
@@ -355,9 +352,10 @@ def standing_items(config: DoctorConfig, size: Footprint) -> list[Item]:
 
 def learner_phases(config: DoctorConfig, size: Footprint) -> Iterator[tuple[str, list[Item]]]:
     """What the learner holds where its tensors are, by phase."""
-    rollout = rollout_bytes(config, size)
     always = standing_items(config, size)
-    another = Item("another copy of the rollout", (ROLLOUT_COPIES - 1) * rollout)
+    # Contexts and images stay where they are (`rlvla.rounds`). The rest is put together from rounds, and the valid
+    # decisions are cut out of it.
+    another = Item("another copy of the rollout's samples and outcomes", max_decisions(config) * size.stored_beside)
     forward = config.inference_batch * max(size.vlm_layer, size.expert_layer)
     yield (
         "collecting",
@@ -369,7 +367,7 @@ def learner_phases(config: DoctorConfig, size: Footprint) -> Iterator[tuple[str,
     )
     # Adam's step is fused: it keeps nothing beside its moments.
     activations = activation_bytes(config, size)
-    if activations < rollout:
+    if activations < another.bytes:
         yield "updating", [*always, another]
     else:
         what = f"activations of a minibatch of {config.algo.minibatch_size} (estimate)"

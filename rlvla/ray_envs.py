@@ -169,11 +169,11 @@ class RayEnvs:
         first = result = None
         if parts.first:
             order = np.argsort(np.concatenate([rows for rows, _ in parts.first]))
-            first = _in_order(Observation.concatenate([part for _, part in parts.first]), order, len(parts.first))
+            first = _in_order(Observation.concatenate([part for _, part in parts.first]), order)
         if parts.result:
             order = np.argsort(np.concatenate([rows for rows, _ in parts.result]))
             whole = ChunkResult.concatenate([part for _, part in parts.result])
-            result = _in_order(whole, order, len(parts.result))
+            result = _in_order(whole, order)
         for slot, state in zip(todo.restart_slots.tolist(), todo.restart_states.tolist(), strict=True):
             self._played[slot] = Played(state)
         kept = [row for row, slot in enumerate(todo.chunk_slots.tolist()) if slot not in parts.lost]
@@ -473,10 +473,10 @@ class RayEnvs:
         return answer
 
 
-def _in_order(whole: Rows, order: np.ndarray, num_parts: int) -> Rows:
-    """Rows in the order asked. They come in it unless a worker was replaced; a single part is still Ray's memory, which
-    it would hold, and cannot be written to."""
-    return whole if num_parts > 1 and (order == np.arange(len(order))).all() else whole.take(order)
+def _in_order(whole: Rows, order: np.ndarray) -> Rows:
+    """Rows in the order asked. They come in it, and stay in Ray's memory until a decision takes them out, unless a
+    worker was replaced."""
+    return whole if (order == np.arange(len(order))).all() else whole.take(order)
 
 
 def _cause(error: Exception) -> str:

@@ -15,11 +15,12 @@ from tensordict import TensorDict
 from rlvla.acting import Actor
 from rlvla.clock import INFER, PHYSICS, RENDER, SIMULATORS, Clock
 from rlvla.critic import time_left
-from rlvla.policies.base import ChunkPolicy, Context, ValueHead, pad_tokens
+from rlvla.policies.base import ChunkPolicy, Context, ValueHead
+from rlvla.rounds import Rounds, alone, refer
 from rlvla.samplers import Sampler
 from rlvla.seeding import Stream, keyed_rng
 from rlvla.workers import Envs, Finish, Round
-from rlvla_envs.base import ChunkResult, EnvSpec, Observation
+from rlvla_envs.base import ChunkResult, EnvSpec, Observation, Scattered
 
 Decide = Callable[[Observation, np.ndarray, np.ndarray], np.ndarray]
 """(observation of B rows, episode [B], decision index [B]) -> actions [B, H, C] in env units."""
@@ -70,7 +71,7 @@ class _Group:
         if slots:
             episodes, decisions = self._keys(slots)
             with clock.span(INFER):
-                actions = decide(_together([self.waiting[s] for s in slots]), episodes, decisions)
+                actions = decide(Scattered([self.waiting[s] for s in slots]), episodes, decisions)
         todo = Round(
             restart_slots=np.array([s for s, _, _ in restarts], dtype=np.int64),
             restart_states=np.array([state for _, _, state in restarts], dtype=np.int64),
@@ -116,14 +117,6 @@ class _Group:
     def _keys(self, slots: Sequence[int]) -> tuple[np.ndarray, np.ndarray]:
         keys = np.array([self.playing[slot] for slot in slots], dtype=np.int64).reshape(-1, 2)
         return keys[:, 0], keys[:, 1]
-
-
-def _together(rows: Sequence[tuple[Observation, int]]) -> Observation:
-    """Rows of observations as one; where they are all of one, in their order, nothing is copied."""
-    first = rows[0][0]
-    if len(rows) == len(first) and all(seen is first and place == i for i, (seen, place) in enumerate(rows)):
-        return first
-    return Observation.concatenate([seen.row(place) for seen, place in rows])
 
 
 def play(
@@ -205,7 +198,8 @@ def collect(
         A TensorDict [E, T] over episodes and decisions, zero where ``valid`` is False. Episodes that were lost with
         their simulator are not in it:
 
-        * ``context`` or ``batch``; ``log_prob`` [H, K] and what else the sampler stores (`rlvla.samplers`)
+        * ``row`` of ``rounds``, which have ``context`` or ``batch`` (`rlvla.rounds`)
+        * ``log_prob`` [H, K] and what else the sampler stores (`rlvla.samplers`)
         * ``mask`` [H, K]: action entries that are not padding and were executed
         * ``initial_state``, ``state_value``
         * (``next``, ``state_value``, ``reward``, ``terminated``, ``truncated``, ``done``, ``success``,
@@ -214,6 +208,8 @@ def collect(
     seed, iteration = key
     policy = actor.policy
     device = actor.device
+    sources: list[TensorDict] = []
+    seen = 0
     pieces: list[TensorDict] = []
     decided: dict[tuple[int, int], TensorDict] = {}
     lost: set[int] = set()
@@ -222,24 +218,25 @@ def collect(
     ended = 0
 
     def decide(observation: Observation, episode: np.ndarray, decision: np.ndarray) -> np.ndarray:
+        nonlocal seen
         rngs = [
             keyed_rng(seed, Stream.ROLLOUT, iteration, first_episode + int(e), int(t))
             for e, t in zip(episode, decision, strict=True)
         ]
         thought = actor.decide(observation, rngs, temperature=1.0, sampler=sampler)
         made = thought.decision
-        source = {"context": thought.context.to_tensordict()} if store_context else {}
-        if store_inputs or not store_context:
-            source["batch"] = thought.batch
+        for block in thought.blocks:
+            source = {"context": block.context.to_tensordict()} if store_context else {}
+            if store_inputs or not store_context:
+                source["batch"] = block.batch
+            sources.append(alone(TensorDict(source, batch_size=[len(block)], device=device)))
+        features = torch.cat([_read(policy, value_head, block.context) for block in thought.blocks])
         decided[int(episode[0]), int(decision[0])] = TensorDict(
-            {
-                **source,
-                **made.stored,
-                "value_features": _read(policy, value_head, thought.context),
-            },
+            {**made.stored, "value_features": features[thought.places], "row": seen + thought.places},
             batch_size=[len(made.stored)],
             device=device,
         )
+        seen += len(made.stored)
         return made.action
 
     for turn in play(envs, initial_states, decide, num_groups=num_groups, clock=clock):
@@ -282,6 +279,7 @@ def collect(
     rollout = _arrange(pieces, np.concatenate(rows), len(initial_states), envs.spec.max_decisions)
     states = torch.tensor(initial_states, device=device)[:, None]
     rollout["initial_state"] = states.expand(rollout.batch_size).clone()
+    refer(rollout, Rounds(sources), rollout["row"])
     if lost:
         kept = [episode for episode in range(len(initial_states)) if episode not in lost]
         rollout = rollout[torch.tensor(kept, device=device)]
@@ -307,7 +305,7 @@ def _read(policy: ChunkPolicy, value_head: ValueHead, context: Context) -> torch
 
 def _arrange(pieces: list[TensorDict], rows: np.ndarray, num_episodes: int, max_decisions: int) -> TensorDict:
     """Rounds of decisions, put where their episode and decision index say."""
-    first = _one_length(pieces)[0]
+    first = pieces[0]
     episode, decision = torch.from_numpy(rows).to(first.device).T
     # The longest episode played, not the longest possible: less to store.
     length = min(max_decisions, int(decision.max()) + 1)
@@ -316,20 +314,12 @@ def _arrange(pieces: list[TensorDict], rows: np.ndarray, num_episodes: int, max_
         rollout[name] = tensor.new_zeros((num_episodes, length, *tensor.shape[1:]))
     rollout["valid"] = torch.zeros((num_episodes, length), dtype=torch.bool, device=first.device)
     rollout["valid"][episode, decision] = True
-    # Piece by piece: together they would be the contexts once more, which are most of a large model's memory.
     starts = np.cumsum([0, *(len(piece) for piece in pieces)])
     for start, piece in zip(starts, pieces, strict=False):
         where = slice(int(start), int(start) + len(piece))
         for name, tensor in piece.items(include_nested=True, leaves_only=True):
             rollout[name][episode[where], decision[where]] = tensor
     return rollout
-
-
-def _one_length(pieces: list[TensorDict]) -> list[TensorDict]:
-    for key in {"context", "batch"} & set(pieces[0].keys()):
-        for piece, padded in zip(pieces, pad_tokens([piece[key] for piece in pieces]), strict=True):
-            piece[key] = padded
-    return pieces
 
 
 def _add_next_values(

@@ -18,6 +18,7 @@ from rlvla.parallel import context_of
 from rlvla.policies.base import ChunkPolicy, context_is_fixed
 from rlvla.policies.folder import load_policy
 from rlvla.policies.policy import Policy
+from rlvla.rounds import recall
 from rlvla.samplers import Sampler
 from rlvla_envs.base import EnvSpec, require_match
 
@@ -44,7 +45,8 @@ class ActionTeacher:
             rows: how many to compute at once.
         """
         parts = []
-        for part in data.split(rows):
+        for decisions in data.split(rows):
+            part = recall(decisions)
             context = context_of(self.policy, part if self.reads_contexts else part.exclude("context"))
             parts.append(TensorDict(sampler.score(self.policy, context, part).parameters, batch_size=[len(part)]))
         return cast(TensorDict, torch.cat(parts))

@@ -204,7 +204,7 @@ class Bench:
                 learner._policy_optimizer.zero_grad(set_to_none=True)
                 learner._value_optimizer.zero_grad(set_to_none=True)
                 for piece in learner._passes(part):
-                    learner._descend(piece, data, None)
+                    learner._descend(piece, None)
                 learner._clip_gradients()
                 learner._policy_optimizer.step()
                 learner._value_optimizer.step()

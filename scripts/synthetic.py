@@ -18,6 +18,7 @@ from rlvla.policies.expert import ExpertConfig
 from rlvla.policies.processor import train_tokenizer
 from rlvla.policies.prompted import prompts_for_tokenizer
 from rlvla.policies.qwen_vla import QwenVLA, QwenVLAConfig
+from rlvla.rounds import Rounds, refer
 from rlvla.samplers import Sampler
 from rlvla.seeding import Stream, keyed_rng
 from rlvla_envs.base import ActionComponent, Camera, EnvSpec, Observation
@@ -104,7 +105,7 @@ def play(
     """A rollout [E, T] as `rlvla.rollout.collect` gives it, of decisions on noise, with drawn advantages and targets:
     what `rlvla.learner.Learner.update` takes."""
     actor = Actor(policy, block=block, device=device)
-    columns = []
+    columns, sources = [], []
     for t in range(decisions):
         rngs = [keyed_rng(seed, Stream.ROLLOUT, 0, e, t) for e in range(episodes)]
         thought = actor.decide(observe(policy, episodes, seed + t), rngs, temperature=1.0, sampler=sampler)
@@ -115,9 +116,11 @@ def play(
             {"context": thought.context.to_tensordict()} if store_context else {"batch": thought.batch}
         )
         made = thought.decision.stored
-        columns.append(TensorDict({**source, **made, "state_value": value}, batch_size=[episodes], device=device))
+        sources.append(TensorDict(source, batch_size=[episodes], device=device))
+        columns.append(TensorDict({**made, "state_value": value}, batch_size=[episodes], device=device))
     rollout: TensorDict = torch.stack(columns, dim=1).contiguous()
     shape = (episodes, decisions)
+    refer(rollout, Rounds(sources), torch.arange(episodes * decisions, device=device).reshape(decisions, episodes).T)
     draws = torch.Generator().manual_seed(seed)
     reward = torch.randn(shape, generator=draws).to(device)
     rollout["advantage"] = reward

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
+from functools import cached_property
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol, runtime_checkable
 
 import numpy as np
@@ -166,17 +167,60 @@ class Observation:
             state=None if self.state is None else self.state[index],
         )
 
+    def views(self, cameras: Sequence[str]) -> UInt8[np.ndarray, "B views h w 3"]:
+        """Images of cameras, in this order, that may be written to; of one camera the memory they are in, if it may."""
+        images = [self.images[name] for name in cameras]
+        own = len(images) == 1 and images[0].flags.writeable and images[0].flags.c_contiguous
+        return images[0][:, None] if own else np.stack(images, axis=1)
+
     @staticmethod
     def concatenate(parts: Sequence[Observation]) -> Observation:
-        """All rows in one; a single part is itself, uncopied."""
-        first = parts[0]
-        if len(parts) == 1:
-            return first
-        return Observation(
-            images={name: np.concatenate([p.images[name] for p in parts]) for name in first.images},
-            instruction=[text for p in parts for text in p.instruction],
-            state=None if first.state is None else np.concatenate([p.state for p in parts if p.state is not None]),
-        )
+        """All rows in one; nothing is copied before somebody looks (`Scattered`)."""
+        return Scattered([(part, i) for part in parts for i in range(len(part))])
+
+
+class Scattered(Observation):
+    """Rows of several observations, left where they are until somebody looks at them.
+
+    So rows that meet on their way, from one process or another, first or later ones of their episodes, are copied once,
+    when all of them are together. Rows that are all of one observation, in their order, are in its memory, unless that
+    is not to be written to: it is then another process's, which wants it back.
+    """
+
+    def __init__(self, rows: Sequence[tuple[Observation, int]]) -> None:
+        """
+        Args:
+            rows: observations, and which of their rows; at least one.
+        """
+        rows = [seen.rows[i] if isinstance(seen, Scattered) else (seen, int(i)) for seen, i in rows]
+        # The fields that are not looked up; the class is frozen.
+        object.__setattr__(self, "rows", rows)
+        object.__setattr__(self, "instruction", [seen.instruction[i] for seen, i in rows])
+
+    rows: Sequence[tuple[Observation, int]]
+
+    @cached_property
+    def images(self) -> dict[str, UInt8[np.ndarray, "B h w 3"]]:
+        return {name: self.views([name])[:, 0] for name in self.rows[0][0].images}
+
+    @cached_property
+    def state(self) -> Float32[np.ndarray, "B S"] | None:
+        if self.rows[0][0].state is None:
+            return None
+        return np.stack([seen.state[i] for seen, i in self.rows if seen.state is not None])
+
+    def views(self, cameras: Sequence[str]) -> UInt8[np.ndarray, "B views h w 3"]:
+        if self._single is not None:
+            return self._single.views(cameras)
+        images = np.stack([seen.images[name][i] for seen, i in self.rows for name in cameras])
+        return images.reshape(len(self), len(cameras), *images.shape[1:])
+
+    @cached_property
+    def _single(self) -> Observation | None:
+        """What these are all rows of, in their order; else None."""
+        first = self.rows[0][0]
+        whole = len(self) == len(first) and all(seen is first and i == at for at, (seen, i) in enumerate(self.rows))
+        return first if whole else None
 
 
 @dataclass(frozen=True)

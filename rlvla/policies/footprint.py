@@ -55,6 +55,8 @@ class Footprint:
     vlm_adapters: int = 0
     """Bytes of its LoRA, which are in ``vlm_bytes`` as well."""
     expert_adapters: int = 0
+    stored_beside: int = 0
+    """Of one stored decision, beside its context or inputs; in both of the above as well."""
     rounded_weights: int = 0
     """Of the copies in bfloat16 of what is trained in fp32, while a pass runs."""
 
@@ -144,7 +146,7 @@ def footprint(policy: QwenVLA, tokens: int, compute: ComputeConfig | None = None
         policy.precision = compute.precision
         layers = [layer for layer in policy.modules() if isinstance(layer, MATRICES)]
         rounded = sum(2 * p.numel() for layer in layers for p in layer.parameters() if p.dtype is torch.float32)
-    stored_context, stored_inputs = _stored(policy, tokens)
+    stored_context, stored_inputs, stored_beside = _stored(policy, tokens)
     return Footprint(
         vlm_parameters=sum(p.numel() for p in groups["vlm"]),
         expert_parameters=sum(p.numel() for p in groups["expert"]),
@@ -156,6 +158,7 @@ def footprint(policy: QwenVLA, tokens: int, compute: ComputeConfig | None = None
         tokens=tokens,
         stored_context=stored_context,
         stored_inputs=stored_inputs,
+        stored_beside=stored_beside,
         # Half the last block more for what is before and behind the blocks, and for gradients on their way back: they
         # are in that block when most is held.
         expert_activations=expert_kept + last // 2,
@@ -170,8 +173,9 @@ def _adapters(part: nn.Module) -> int:
     return sum(layer.lora_A.nbytes + layer.lora_B.nbytes for layer in adapted(part).values())
 
 
-def _stored(policy: QwenVLA, tokens: int) -> tuple[int, int]:
-    """One cell of the rollout that the learner gets (`rlvla.rollout.collect`): with its context, with its inputs."""
+def _stored(policy: QwenVLA, tokens: int) -> tuple[int, int, int]:
+    """One decision of the rollout that the learner gets (`rlvla.rollout.collect`): with its context, with its inputs,
+    without either."""
     spec, entries = policy.env_spec, policy.horizon * policy.channels
     width, state = policy.config.vlm.hidden_size, 4 * spec.state_size
     pooled = policy.expert.context_in.weight.element_size()
@@ -180,10 +184,10 @@ def _stored(policy: QwenVLA, tokens: int) -> tuple[int, int]:
     context = width * (element * tokens + pooled) + mask + 3 * index + state
     pixels = sum(3 * camera.height * camera.width for camera in spec.cameras)
     inputs = 2 * index + mask + 3 * index + pixels + state
-    # before, after, mean, log_prob and the mask; step, executed_steps, initial_state, version; valid and four outcomes;
-    # reward, two values, advantage and value_target.
-    common = (4 * 4 + 1) * entries + 4 * 8 + 5 + 5 * 4
-    return context + common, inputs + common
+    # before, after, mean, log_prob and the mask; step, executed_steps, initial_state, version, row; valid and four
+    # outcomes; reward, two values, advantage and value_target.
+    beside = (4 * 4 + 1) * entries + 5 * 8 + 5 + 5 * 4
+    return context + beside, inputs + beside, beside
 
 
 def _expert_block(policy: QwenVLA, tokens: int, wanted: int | None = None) -> int:

@@ -309,10 +309,8 @@ def check_sizes(
 
 
 def camera_views(observation: Observation, cameras: Sequence[str]) -> UInt8[Tensor, "B views h w 3"]:
-    """Images of cameras, in this order; where there is one, the observation's own memory."""
-    images = [observation.images[name] for name in cameras]
-    own = len(images) == 1 and images[0].flags.writeable and images[0].flags.c_contiguous
-    return torch.from_numpy(images[0][:, None] if own else np.stack(images, axis=1))
+    """`Observation.views` as a tensor."""
+    return torch.from_numpy(observation.views(cameras))
 
 
 def check_cameras(cameras: Sequence[str], env_spec: EnvSpec) -> None:

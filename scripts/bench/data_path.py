@@ -5,7 +5,8 @@
 The toy in this process and in two Ray actors, with a policy that reads its images again in every epoch: where contexts
 are kept (the default, while the VLM is frozen) no image goes further than the first pass. Episodes are equally long, so
 that all slots go in step, or end anywhere, so that slots that restart sit beside others. Two copies are the least: one
-out of the simulator into what is kept, one into the minibatch. The last line is JSON.
+out of the simulator into what is kept, one into the minibatch; over Ray three, with the one that crosses processes.
+Where slots go in step, what the simulator hands out is kept as it is. The last line is JSON.
 """
 
 import argparse
@@ -23,10 +24,14 @@ from untrained import untrained_policy
 from rlvla.acting import one_thread
 from rlvla.compose import compose
 from rlvla.config import AlgoConfig
+from rlvla.rounds import recall
 from rlvla.workers import Finish, LocalEnvs, Round, open_envs
 
 SMOKE = ["--slots", "4", "--episodes", "6", "--epochs", "1", "--routes", "local"]
 ROUTES = {"local": "in this process", "ray": "over Ray"}
+LEAST = {"local": 2, "ray": 3}
+"""Over Ray an image crosses processes in one copy, and has to leave Ray's memory in another: the rows of several actors
+are decided together."""
 LENGTHS = {"equal": "episodes in step", "unequal": "episodes of any length"}
 
 
@@ -49,9 +54,10 @@ def measure(arguments: argparse.Namespace) -> dict[str, Any]:
             for place, copies in found.places.items():
                 report.row(f"{where}: {place}", "copies of an image", [copies])
             report.row(f"{where}: once an epoch, into a minibatch", "copies of an image", [found.epoch])
+            report.row(f"{where}: beside the way, to fill up blocks", "copies of an image", [found.filling])
             report.row(f"{where}: beside the epochs (first check, final KL)", "copies of an image", [found.beside])
             to_minibatch = sum(found.places.values()) + found.epoch
-            report.claim(f"copies from simulator to minibatch, {where}", [to_minibatch], most=2)
+            report.claim(f"copies from simulator to minibatch, {where}", [to_minibatch], most=LEAST[route])
     report.note(
         "Counted from the array that the world hands out. ManiSkill's has been copied once before, out of the "
         "renderer's buffer, which the next picture overwrites."
@@ -66,6 +72,8 @@ class Found(NamedTuple):
     places: dict[str, float]
     """On the way to what minibatches are taken from."""
     epoch: float
+    filling: float
+    """Rows of blocks that are not full, for the pass alone."""
     beside: float
     """By passes of the learner that are no epoch."""
 
@@ -81,14 +89,12 @@ def count(route: str, lengths: str, slots: int, episodes: int, epochs: int) -> F
     images = images_of(rollout)
     if route == "ray":
         copies = Counter({"Ray: into the reply that crosses processes": images}) + copies
+    filling = copies.pop("rlvla/acting.py: _filled", 0)
     with counting_copies() as learnt:
         iteration.update(rollout)
-    epoch = learnt.pop("rlvla/learner.py: _minibatches")
-    # The valid decisions, cut out of the rollout.
-    cut = "rlvla/learner.py: update"
-    copies[cut] = learnt.pop(cut)
+    epoch = learnt.pop("rlvla/learner.py: _descend")
     places = {place: amount / images for place, amount in copies.items()}
-    return Found(places, epoch / epochs / images, learnt.total() / images)
+    return Found(places, epoch / epochs / images, filling / images, learnt.total() / images)
 
 
 class Wandering:
@@ -117,8 +123,7 @@ def seconds_of_a_copy() -> float:
 
 
 def images_of(rollout: Any) -> int:
-    images = rollout["batch", "images"]
-    return int(rollout["valid"].sum()) * images[0, 0].nbytes
+    return int(rollout["valid"].sum()) * recall(rollout[0, :1])["batch", "images"].nbytes
 
 
 def followed(route: str, slots: int) -> Any:

@@ -21,8 +21,13 @@ from rlvla_envs.base import ChunkResult, Observation
 
 ROOT = Path(__file__).resolve().parents[2]
 SOURCES = tuple(str(ROOT / name) for name in ("rlvla/", "envs/"))
-HELPERS = ("envs/rlvla_envs/base.py",)
-"""Where records are put together or cut out; who asked for it is more telling."""
+HELPERS = {
+    "envs/rlvla_envs/base.py",
+    "rlvla/rounds.py",
+    "rlvla/policies/policy.py: camera_views",
+    "rlvla/learner.py: forward",
+}
+"""Files and functions where records are put together or cut out; who asked for it is more telling."""
 
 Copies = Counter[str]
 """Bytes by place, as "rlvla/rollout.py: begin"."""
@@ -37,8 +42,9 @@ def _count(nbytes: int) -> None:
         file = frame.f_code.co_filename
         if file.startswith(SOURCES):
             name = str(Path(file).relative_to(ROOT))
-            if name not in HELPERS:
-                place = f"{name}: {frame.f_code.co_name.strip('<>')}"
+            here = f"{name}: {frame.f_code.co_name.strip('<>')}"
+            if not {name, here} & HELPERS:
+                place = here
                 break
         frame = frame.f_back
     for copies in _counts:
@@ -132,7 +138,8 @@ def counting_copies() -> Iterator[Copies]:
 
 def follow(observation: Observation) -> Observation:
     """The same observation, its images followed."""
-    return replace(observation, images={name: image.view(Followed) for name, image in observation.images.items()})
+    images = {name: image.view(Followed) for name, image in observation.images.items()}
+    return Observation(images, observation.instruction, observation.state)
 
 
 class FollowedEnv:

@@ -25,6 +25,7 @@ from rlvla.policies.lora import adapted, add_lora
 from rlvla.policies.numerics import set_up
 from rlvla.policies.policy import Policy, PolicyWithFlow
 from rlvla.policies.prompted import PromptedPolicy
+from rlvla.rounds import Rounds, refer
 from rlvla.samplers import Sampler, training_sampler
 from rlvla.seeding import Stream, keyed_rng
 from rlvla_envs.base import ActionComponent, EnvSpec, Observation, VecEnv
@@ -159,8 +160,10 @@ def test_the_learner_scores_the_rollouts_decision_as_the_sampler_did(
 ) -> None:
     stored = stored_of(decide(policy, observe(5)), store_context=store_context)
     learner = learner_for(policy, train_vlm=not store_context)
+    decisions = stored.exclude("context", "batch")
+    refer(decisions, Rounds([stored.select("context", "batch", strict=False)]), torch.arange(5))
     with torch.no_grad():
-        scored = learner.forward(stored)
+        scored = learner.forward(decisions)
     mask = policy.action_mask()
     assert (learner.sampler.gap(scored.likelihood.parameters, stored) * mask).max() < 1e-4
     assert learner.sampler.kl(scored.likelihood.parameters, stored).max() < 1e-6

@@ -195,10 +195,14 @@ def test_the_stored_rollout_has_the_bytes_of_one_that_was_collected(
     rollout = rollout_of(policy, config)
     longest = config.suite.max_episode_steps // config.suite.chunk_size
     assert rollout.batch_size[1] <= longest
-    planned = rollout_bytes(config, size_of(config))
+    size = size_of(config)
+    assert bytes_of(rollout) == rollout.numel() * size.stored_beside
+    # Nothing is kept where no decision was taken.
+    each = (size.stored_inputs if train_vlm else size.stored_context) - size.stored_beside
+    assert rollout["rounds"].nbytes == int(rollout["valid"].sum()) * each
     # Planned for episodes that run to their limit; those that were played may all have ended before it.
-    assert planned * rollout.batch_size[1] == bytes_of(rollout) * longest
     assert max_decisions(config) == EPISODES * longest
+    assert rollout_bytes(config, size) == EPISODES * longest * (each + size.stored_beside)
 
 
 @pytest.mark.parametrize("train_vlm", [False, True])

@@ -31,6 +31,7 @@ from rlvla.policies.numerics import (
     set_up,
     to_device,
 )
+from rlvla.rounds import recall
 from rlvla.samplers import training_sampler
 from rlvla.trials import weights_digest
 from rlvla_algos.flow import time_grid
@@ -107,7 +108,7 @@ def gradients(case: Case, rollout: TensorDict) -> list[Tensor]:
     data = rollout[rollout["valid"]]
     (part, *_) = case.learner._minibatches(data, 0, 0)
     for piece in case.learner._passes(part):
-        case.learner._descend(piece, data, None)
+        case.learner._descend(piece, None)
     found = [p.grad for p in case.policy.parameters() if p.grad is not None]
     assert max(float(gradient.abs().max()) for gradient in found) > 1e-4, "no gradient would equal any other"
     return found
@@ -193,7 +194,7 @@ def test_passes_of_few_tokens_add_up_to_the_gradient_of_the_minibatch(
     rollout = whole.play()
     # Rows that count differently, or any way of averaging would pass.
     rollout["mask"][1, :, 2:] = False
-    tokens = rows * (rollout["context", "mask"].shape[-1] + whole.policy.horizon)
+    tokens = rows * (recall(rollout[0])["context", "mask"].shape[-1] + whole.policy.horizon)
     cut = Case(copy.deepcopy(drawn), device, ComputeConfig(pass_tokens=tokens + 1), reduction=Reduction(reduction))
     lengths: list[int] = []
     cut.policy.expert.register_forward_pre_hook(lambda _, args: lengths.append(len(args[0])))
@@ -231,7 +232,7 @@ def test_in_bf16_products_are_rounded_and_probabilities_values_and_weights_are_n
     rollout = case.play()
     new = case.learner.forward(rollout[rollout["valid"]][:4])
     assert set(seen) == {torch.bfloat16}
-    assert rollout["context", "tokens"].dtype is torch.bfloat16
+    assert recall(rollout[0])["context", "tokens"].dtype is torch.bfloat16
     assert {new.log_prob.dtype, new.value.dtype, rollout["log_prob"].dtype} == {torch.float32}
     assert {p.dtype for p in case.policy.parameters() if p.requires_grad} == {torch.float32}
     case.learner.update(rollout, 0)

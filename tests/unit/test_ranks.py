@@ -34,6 +34,7 @@ from rlvla.policies.groups import require_gradients
 from rlvla.policies.lora import add_lora
 from rlvla.ranks import ALONE, Group, join, leave
 from rlvla.reasoning import load_reasoning_teacher
+from rlvla.rounds import Rounds, refer
 from rlvla.samplers import DistributionSampler, FlowSampler
 from rlvla.teachers import ActionTeacher
 from rlvla.train import add_advantages
@@ -207,7 +208,9 @@ def rollout_of(policy: Any, learner: Learner, iteration: int, share: slice, grou
             flat["after"] = scored["mean"] + scored["std"] * flat.pop("draw")
         flat["log_prob"] = score(policy, flat, learner.sampler).likelihood.log_prob
         flat["state_value"] = learner.value_head(policy.value_features(context)) * flat["valid"]
-    rollout: TensorDict = flat.unflatten(0, data.shape)
+    rounds = Rounds([flat.select("context", "batch", strict=False)])
+    rollout: TensorDict = flat.exclude("context", "batch").unflatten(0, data.shape)
+    refer(rollout, rounds, torch.arange(len(flat)).reshape(data.shape))
     following = torch.zeros_like(rollout["state_value"])
     following[:, :-1] = rollout["state_value"][:, 1:]
     rollout["next", "state_value"] = following * ~rollout["next", "done"]

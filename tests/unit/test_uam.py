@@ -19,7 +19,7 @@ from rlvla.acting import Actor, Thought
 from rlvla.compose import compose
 from rlvla.config import AlgoConfig, LearnerStrategy
 from rlvla.dataset import Demonstrations
-from rlvla.learner import Learner, next_rows
+from rlvla.learner import Learner
 from rlvla.memory import unallocated_policy
 from rlvla.parallel import Split, hold, score
 from rlvla.policies.action_stats import ActionStats
@@ -30,6 +30,7 @@ from rlvla.policies.processor import train_tokenizer
 from rlvla.policies.prompted import prompts_for_tokenizer
 from rlvla.policies.uam import UAM, DorsalConfig, SemanticConfig
 from rlvla.ranks import ALONE, Group
+from rlvla.rounds import Rounds, next_rows, recall, refer
 from rlvla.samplers import Sampler, training_sampler
 from rlvla.seeding import Stream, keyed_rng, normal
 from rlvla.sft_examples import next_images
@@ -491,8 +492,9 @@ def test_the_next_image_of_a_demonstration_is_a_chunk_later_and_in_the_same_epis
 
 def test_the_next_decision_of_a_rollout_by_hand() -> None:
     valid = torch.tensor([[True, True, False], [True, True, True], [True, False, False], [True, False, True]])
-    # Taken row by row they are 0, 1 | 2, 3, 4 | 5 | 6, 7. What comes after a gap does not follow.
-    assert next_rows(valid)[valid].tolist() == [1, -1, 3, 4, -1, -1, -1, -1]
+    # Numbered by rounds, in which episodes advance side by side. What comes after a gap does not follow.
+    row = torch.tensor([[0, 4, 0], [1, 5, 6], [2, 0, 0], [3, 0, 7]])
+    assert next_rows(row, valid)[valid].tolist() == [4, -1, 5, 6, -1, -1, -1, -1]
 
 
 def rollout_of(policy: UAM) -> TensorDict:
@@ -503,7 +505,8 @@ def rollout_of(policy: UAM) -> TensorDict:
     data["value_target"], data["state_value"] = torch.zeros(4), torch.zeros(4)
     data["mask"] = policy.action_mask().expand(4, -1, -1).clone()
     data["next"] = TensorDict({"success": torch.tensor([False, True, False, False])}, batch_size=[4])
-    rollout: TensorDict = data.reshape(2, 2)
+    rollout: TensorDict = data.exclude("batch").reshape(2, 2)
+    refer(rollout, Rounds([data.select("batch")]), torch.arange(4).reshape(2, 2))
     rollout["valid"] = torch.ones(2, 2, dtype=torch.bool)
     return rollout
 
@@ -528,8 +531,7 @@ def test_an_update_with_the_auxiliary_loss_trains_what_predicts_the_next_image()
 
 def test_the_auxiliary_loss_of_an_update_is_the_mean_over_decisions(policy: UAM) -> None:
     rollout = rollout_of(policy)
-    flat = rollout.reshape(4)
-    batch = flat["batch"].clone()
+    batch = recall(rollout.reshape(4))["batch"]
     # Decisions 1 and 3 end an episode.
     batch["next"] = TensorDict(
         {"images": batch["images"][[1, 1, 3, 3]], "valid": torch.tensor([True, False, True, False])}, batch_size=[4]
