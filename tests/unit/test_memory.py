@@ -273,6 +273,7 @@ SIZE = Footprint(
     vlm_activations=2_000_000,
     expert_layer=300_000,
     vlm_layer=500_000,
+    stored_beside=20_000,
 )
 
 
@@ -294,7 +295,8 @@ def test_with_one_minibatch_of_a_handful_collecting_is_the_worst_phase() -> None
     config = dataclasses.replace(BASE, algo=dataclasses.replace(BASE.algo, minibatch_size=2))
     (gpu, _) = worst_phases(config, SIZE, Machine(has_gpu=True))
     assert gpu.phase == "collecting"
-    assert {item.what: item.bytes for item in gpu.items}["another copy of the rollout"] == 256 * 6 * 70_000
+    found = {item.what: item.bytes for item in gpu.items}
+    assert found["another copy of the rollout's samples and outcomes"] == 256 * 6 * 20_000
 
 
 def plan(*overrides: str, gpu_gb: float | None = None, host_gb: float | None = None) -> Plan:

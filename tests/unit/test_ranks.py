@@ -163,7 +163,8 @@ def rollout_of(policy: Any, learner: Learner, iteration: int, share: slice, grou
     executed = torch.randint(1, H + 1, shape, generator=g)
     data = TensorDict(
         {
-            "batch": TensorDict({"seen": draw(5)}, batch_size=shape),
+            # One token, which the policy does not look at.
+            "batch": TensorDict({"seen": draw(5), "mask": torch.ones(*shape, 1, dtype=torch.bool)}, batch_size=shape),
             "before": draw(H, K),
             "step": torch.randint(4, shape, generator=g),
             "valid": index < length,
