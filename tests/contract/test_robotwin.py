@@ -123,6 +123,18 @@ def test_a_randomized_table_has_clutter_and_repeats_itself(build: Callable[..., 
     assert_equal(hard.reset([0], [0]), first)
 
 
+def test_every_task_without_objects_begins_with_the_robot_at_rest(build: Callable[..., VecEnv]) -> None:
+    # Of two of them the package's `get_info` lets its expert play.
+    boxes = build(1, task="+".join(BOX_TASKS), num_evaluation_states=100 * len(BOX_TASKS))
+    starts = [boxes.reset([0], [100 * number]) for number in range(len(BOX_TASKS))]
+    states = np.concatenate([start.state for start in starts if start.state is not None])
+    assert len(states) == len(BOX_TASKS)
+    assert np.ptp(states, axis=0).max() < 1e-6
+    instructions = [start.instruction[0] for start in starts]
+    assert len(set(instructions)) == len(BOX_TASKS)
+    assert not any("{" in text for text in instructions), "a blank that nobody filled"
+
+
 def test_stand_ins_are_named_by_the_spec_and_give_no_score(world: VecEnv) -> None:
     if not check_ready(CONFIG).notes:
         require_score(world.spec)
