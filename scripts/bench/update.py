@@ -21,6 +21,7 @@ from rlvla.acting import one_thread
 from rlvla.compose import compose
 from rlvla.config import AlgoConfig
 from rlvla.policies.base import Context
+from rlvla.rounds import recall
 from rlvla.workers import open_envs
 
 SMOKE = ["--policy", "qwen_vla_toy", "--episodes", "4", "--epochs", "2", "--repeats", "1"]
@@ -59,15 +60,15 @@ def measure(arguments: argparse.Namespace) -> dict[str, Any]:
             return decisions * arguments.epochs
 
         def least() -> float:
-            trained, data = copy.deepcopy(policy), kept[kept["valid"]]
+            trained, decisions = copy.deepcopy(policy), kept[kept["valid"]]
             trained.requires_grad_(False)
             trained.expert.requires_grad_(True)
             sampler = Iteration(policy, algo, block=1).sampler
             for _ in range(arguments.epochs):
-                for batch in data.split(algo.minibatch_size):
+                for batch in map(recall, decisions.split(algo.minibatch_size)):
                     scored = sampler.score(trained, Context.from_tensordict(batch["context"]), batch)
                     scored.log_prob.sum().backward()
-            return decisions * arguments.epochs
+            return len(decisions) * arguments.epochs
 
         loops = {"kept": lambda: update("kept", kept), "again": lambda: update("again", read), "least": least}
         turns = in_turns(loops, arguments.repeats)
