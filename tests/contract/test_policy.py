@@ -151,6 +151,13 @@ def learner_for(policy: Policy, **changes: Any) -> Learner:
     return Learner(policy, ValueHead(policy.value_size), config, sampler_of(policy), seed=0, total_iterations=1)
 
 
+def in_rounds(stored: TensorDict) -> TensorDict:
+    """Decisions as a rollout has them."""
+    decisions: TensorDict = stored.exclude("context", "batch")
+    refer(decisions, Rounds([stored.select("context", "batch", strict=False)]), torch.arange(len(stored)))
+    return decisions
+
+
 # --- old and new log-probability
 
 
@@ -160,10 +167,8 @@ def test_the_learner_scores_the_rollouts_decision_as_the_sampler_did(
 ) -> None:
     stored = stored_of(decide(policy, observe(5)), store_context=store_context)
     learner = learner_for(policy, train_vlm=not store_context)
-    decisions = stored.exclude("context", "batch")
-    refer(decisions, Rounds([stored.select("context", "batch", strict=False)]), torch.arange(5))
     with torch.no_grad():
-        scored = learner.forward(decisions)
+        scored = learner.forward(in_rounds(stored))
     mask = policy.action_mask()
     assert (learner.sampler.gap(scored.likelihood.parameters, stored) * mask).max() < 1e-4
     assert learner.sampler.kl(scored.likelihood.parameters, stored).max() < 1e-6
@@ -498,7 +503,7 @@ def test_adapters_change_nothing_when_new_and_are_all_trained(
 
 def test_a_frozen_backbone_gets_no_gradient_from_an_update(policy: Policy, observe: Callable[..., Observation]) -> None:
     stored = stored_of(decide(policy, observe(4)), store_context=False)
-    learner_for(policy, train_vlm=False).forward(stored).log_prob.sum().backward()
+    learner_for(policy, train_vlm=False).forward(in_rounds(stored)).log_prob.sum().backward()
     assert all(p.grad is None for p in policy.parameter_groups()["vlm"])
     assert any(p.grad is not None and p.grad.any() for p in policy.parameter_groups()["expert"])
 
@@ -535,7 +540,7 @@ def test_dropout_is_never_active(policy: Policy, tmp_path: Path) -> None:
 
 
 def test_the_learner_refuses_a_policy_in_training_mode(policy: Policy, observe: Callable[..., Observation]) -> None:
-    data = stored_of(decide(policy, observe(4)))
+    data = in_rounds(stored_of(decide(policy, observe(4))))
     data["mask"] = data["mask"] & policy.action_mask()
     data["advantage"] = data["value_target"] = torch.zeros(4)
     learner = learner_for(policy)
