@@ -4,11 +4,11 @@
     .venv/bin/python scripts/bench_algorithms.py --on push_cube [--seeds 0 1 2]
 
 On the toy all of them; then the default and the three that were best there on PushCube, as `make train` has it, and
-the first recipe that worked there. A seed is of PPO; demonstrations and SFT are the same for all. Every cell of a
+the first recipe that worked there. A seed is of PPO; demonstrations and SFT are made alike for all. Every cell of a
 table plays as many training episodes. A call that was stopped goes on with what --output holds. A cell that is finished
 is written into a file beside the page, algorithms-toy.jsonl or algorithms-push_cube.jsonl, and is not run again where
-that file is: hours of cells may be filled on several machines, provided their SFT checkpoints are equal to the bit.
-Writes the page of algorithms under docs/benchmarks and its figures; the last line on stdout is JSON.
+that file is: hours of cells may be filled on several machines, each seed on one, since its cells begin with one SFT
+checkpoint. Writes the page of algorithms under docs/benchmarks and its figures; the last line on stdout is JSON.
 """
 
 import argparse

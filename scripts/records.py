@@ -49,7 +49,11 @@ def curve_of(record: Mapping[str, Any]) -> list[dict[str, float]]:
 
 
 class Records:
-    """A file of records. Made with other words, or from another checkpoint than most, they are left out and named."""
+    """A file of records.
+
+    Cells of a seed are compared with each other, so they begin with the same checkpoint. Another seed may have begun
+    with another one: the same words make other bits on another kind of processor.
+    """
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -66,21 +70,21 @@ class Records:
             words: today's settings of each name.
 
         Raises:
-            SystemExit: two checkpoints, or other words: what to do about it.
+            SystemExit: a seed has two checkpoints, or a record other words: what to do about it.
         """
         found: dict[str, dict[int, Record]] = {}
         lines = self.path.read_text().splitlines() if self.path.exists() else []
-        first: Record | None = None
+        began: dict[int, tuple[int, str]] = {}
         for number, line in enumerate(lines, 1):
             record = json.loads(line)
             where = f"{self.path}, line {number} ({record['name']}, seed {record['seed']})"
             if record["name"] not in words or record["words"] != list(words[record["name"]]):
                 raise SystemExit(f"{where} was made with other settings than today's. Remove the line to run it again.")
-            first = first or record
-            if record["checkpoint"] != first["checkpoint"]:
+            line_before, checkpoint = began.setdefault(record["seed"], (number, record["checkpoint"]))
+            if record["checkpoint"] != checkpoint:
                 raise SystemExit(
-                    f"{where} began with another SFT checkpoint ({record['checkpoint']}) than line 1 "
-                    f"({first['checkpoint']}): they cannot share a table. Remove one kind."
+                    f"{where} began with another SFT checkpoint ({record['checkpoint']}) than line {line_before} of "
+                    f"that seed ({checkpoint}): they cannot be compared. Remove one, and fill a seed on one machine."
                 )
             record["before"], record["after"] = ([bit == "1" for bit in record[key]] for key in ("before", "after"))
             found.setdefault(record["name"], {})[record["seed"]] = record

@@ -57,9 +57,13 @@ def test_cells_of_another_checkpoint_or_other_words_share_no_table(tmp_path: Pat
     records.add(record_of(run, "default", 0, WORDS, checkpoint(tmp_path / "a", b"1")))
     with pytest.raises(SystemExit, match=r"line 1 \(default, seed 0\) was made with other settings"):
         records.of({"default": [*WORDS, "algo.gamma=0.9"]})
-    records.add(record_of(run, "default", 1, WORDS, checkpoint(tmp_path / "b", b"2")))
-    with pytest.raises(SystemExit, match=r"line 2 \(default, seed 1\) began with another SFT checkpoint"):
-        records.of({"default": WORDS})
+    # Another seed was filled on another machine.
+    records.add(record_of(run, "default", 1, WORDS, other := checkpoint(tmp_path / "b", b"2")))
+    both = {"default": WORDS, "window": WORDS}
+    assert set(records.of(both)["default"]) == {0, 1}
+    records.add(record_of(run, "window", 0, WORDS, other))
+    with pytest.raises(SystemExit, match=r"line 3 \(window, seed 0\) began with another SFT .* than line 1 of"):
+        records.of(both)
 
 
 def test_a_file_that_is_not_there_holds_nothing(tmp_path: Path) -> None:
