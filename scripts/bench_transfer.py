@@ -249,6 +249,24 @@ def write_page(cells: Sequence[Cell], arguments: argparse.Namespace) -> dict[str
     return {"page": str(arguments.page), "success": success, "missing": missing}
 
 
+def asked_for(arguments: argparse.Namespace) -> str:
+    """The call that makes this page elsewhere: what it was given, but for places on this machine."""
+    plain = vars(parse([]))
+    words = ["scripts/bench_transfer.py"]
+    for name, value in vars(arguments).items():
+        if name in ("output", "page", "only", "list", "no_run") or value == plain[name]:
+            continue
+        option = "--with" if name == "foreign" else f"--{name.replace('_', '-')}"
+        if option in ("--foreign-task", "--word"):
+            words += [word for one in value for word in (option, one)]
+        else:
+            words += [
+                option,
+                *(value if isinstance(value, list) else [f"{value:g}" if isinstance(value, float) else str(value)]),
+            ]
+    return shlex.join(words)
+
+
 def page(before: list[Result], after: list[Result], cells: Sequence[Cell], arguments: argparse.Namespace) -> str:
     table = compared_markdown(compare_results(before, after, [TRAINED]), before, after)
     # One title a page, and no folders of this machine.
@@ -281,7 +299,7 @@ PPO: the intervals are of the evaluation and say nothing about other seeds.
 ## How it was made
 
 ```
-scripts/bench_transfer.py
+{asked_for(arguments)}
 ```
 
 on {machine["cpu"]}, commit {machine["git_commit"]}. Minutes of wall-clock, other jobs may have shared the cores: {took}. It ran

@@ -176,3 +176,20 @@ def test_the_page_has_what_is_finished_and_names_what_is_missing(
     assert "sft 37" in page
     assert str(tmp_path) not in page
     assert page.count("\n# ") == 0
+
+
+def test_some_tasks_of_another_suite_are_collected_and_compared(tmp_path: Path) -> None:
+    given = arguments(tmp_path, "--foreign-task", "libero_object=0+3", "--foreign-trials", "6")
+    cells = {cell.name: cell for cell in bench_transfer.plan(given)}
+    for name, cell in cells.items():
+        assert ("suite.task=0+3" in cell.words) == name.endswith("libero_object")
+    with pytest.raises(SystemExit, match=r"--foreign-task names libero_10; it must be one of --with: libero_spatial"):
+        bench_transfer.plan(arguments(tmp_path, "--foreign-task", "libero_10=0"))
+
+
+def test_the_page_has_the_call_that_makes_it_elsewhere(tmp_path: Path) -> None:
+    given = ["--with", "libero_object", "--foreign-task", "libero_object=0+3", "--foreign-weight", "0.5"]
+    words = bench_transfer.asked_for(arguments(tmp_path, *given, "--trials", "36", "--no-run"))
+    script, *options = words.split()
+    assert script == "scripts/bench_transfer.py"
+    assert sorted(options) == sorted([*given, "--trials", "36"]), "and no folder of this machine"
