@@ -5,11 +5,15 @@ from collections.abc import Callable
 import numpy as np
 import pytest
 
-from rlvla_envs.base import FIRST_TRAINING_STATE, Filmable, Observation, SuiteConfig, VecEnv, require_score
+from rlvla_envs.base import Filmable, SuiteConfig, VecEnv, require_score
 from rlvla_envs.robocasa_gr1 import ACTION
 from rlvla_envs.robocasa_gr1_tasks import STATE_NAMES
 from rlvla_envs.suites import check_ready
-from tests.contract.same import assert_equal
+from tests.contract.same import (
+    assert_equal_states_give_equal_episodes,
+    assert_the_limit_truncates_the_second_chunk,
+    resting,
+)
 
 pytestmark = pytest.mark.slow
 
@@ -21,12 +25,6 @@ CONFIG = SuiteConfig(name="robocasa_gr1", task="0", image_size=64, chunk_size=H,
 def world(build: Callable[..., VecEnv]) -> VecEnv:
     """One slot: a simulation takes a gigabyte."""
     return build(1)
-
-
-def resting(observation: Observation) -> np.ndarray:
-    """A chunk that asks every joint to stay."""
-    assert observation.state is not None
-    return np.repeat(observation.state[:, None], H, axis=1)
 
 
 def test_the_spec_describes_the_data(world: VecEnv) -> None:
@@ -47,7 +45,7 @@ def test_the_spec_describes_the_data(world: VecEnv) -> None:
 def test_an_action_is_where_a_joint_shall_be_and_moves_no_other_stream(world: VecEnv) -> None:
     first = world.reset([0], [3])
     assert first.state is not None
-    chunk = resting(first)
+    chunk = resting(first, H)
     still = world.step_chunk([0], chunk).observation.state
     assert still is not None
     assert np.abs(still - first.state)[0, [*range(14), 26, 27, 28]].max() < 0.05
@@ -63,29 +61,13 @@ def test_an_action_is_where_a_joint_shall_be_and_moves_no_other_stream(world: Ve
 def test_equal_states_give_equal_episodes_after_any_past_and_in_another_process(
     world: VecEnv, build: Callable[..., VecEnv]
 ) -> None:
-    other = build(1, options={"render_every_step": True})
-    first = world.reset([0], [FIRST_TRAINING_STATE + 7])
-    chunk = resting(first)
-    chunk += np.random.default_rng(0).uniform(-0.2, 0.2, chunk.shape).astype(np.float32)
-    ended = world.step_chunk([0], chunk)
-    world.reset([0], [4])
-    for env in (world, other):
-        assert_equal(env.reset([0], [FIRST_TRAINING_STATE + 7]), first)
-        # Drawn at every step in the other: what is drawn once a chunk is the same.
-        assert_equal(env.step_chunk([0], chunk).observation, ended.observation)
-    assert not np.array_equal(world.reset([0], [5]).images["ego_view"], first.images["ego_view"])
+    assert_equal_states_give_equal_episodes(world, build(1, options={"render_every_step": True}))
 
 
 def test_the_limit_truncates_inside_a_chunk_and_shows_the_final_frame(world: VecEnv) -> None:
-    chunk = resting(world.reset([0], [0]))
-    results = [world.step_chunk([0], chunk) for _ in range(2)]
-    assert [(int(r.executed_steps[0]), bool(r.truncated[0])) for r in results] == [(H, False), (LIMIT - H, True)]
-    assert results[1].observation.images["ego_view"].std() > 10
-    with pytest.raises(RuntimeError, match="has no running episode; reset it first"):
-        world.step_chunk([0], chunk)
+    assert_the_limit_truncates_the_second_chunk(world)
     assert isinstance(world, Filmable)
     assert world.film(0).shape == (300, 480, 3)
-    assert world.film(0).std() > 10
 
 
 def test_stand_ins_are_named_by_the_spec_and_give_no_score(world: VecEnv) -> None:

@@ -7,12 +7,17 @@ import numpy as np
 import pytest
 import yaml
 
-from rlvla_envs.base import FIRST_TRAINING_STATE, Filmable, Observation, SuiteConfig, VecEnv, require_score
+from rlvla_envs.base import Filmable, SuiteConfig, VecEnv, require_score
 from rlvla_envs.robotwin import ACTION, CAMERAS
 from rlvla_envs.robotwin_standins import EMBODIMENT
 from rlvla_envs.robotwin_tasks import BOX_TASKS, STATE_NAMES, STEP_LIMITS, SUITE_CONFIGS
 from rlvla_envs.suites import check_ready
-from tests.contract.same import assert_equal
+from tests.contract.same import (
+    assert_equal,
+    assert_equal_states_give_equal_episodes,
+    assert_the_limit_truncates_the_second_chunk,
+    resting,
+)
 
 pytestmark = pytest.mark.slow
 
@@ -25,12 +30,6 @@ CONFIG = SuiteConfig(
 @pytest.fixture(scope="module")
 def world(build: Callable[..., VecEnv]) -> VecEnv:
     return build(1)
-
-
-def resting(observation: Observation) -> np.ndarray:
-    """A chunk that asks every joint to stay where it was told to be."""
-    assert observation.state is not None
-    return np.repeat(observation.state[:, None], H, axis=1)
 
 
 def test_the_spec_describes_the_data(world: VecEnv) -> None:
@@ -68,7 +67,7 @@ def test_tasks_limits_and_which_want_objects_are_the_packages_own(python: str) -
 def test_an_action_is_where_a_joint_shall_be_and_moves_the_other_arm_not(world: VecEnv) -> None:
     first = world.reset([0], [3])
     assert first.state is not None
-    chunk = resting(first)
+    chunk = resting(first, H)
     chunk[..., 7] -= 0.3
     chunk[..., 13] = 0.0
     result = world.step_chunk([0], chunk)
@@ -84,32 +83,16 @@ def test_an_action_is_where_a_joint_shall_be_and_moves_the_other_arm_not(world: 
 def test_equal_states_give_equal_episodes_after_any_past_and_in_another_process(
     world: VecEnv, build: Callable[..., VecEnv]
 ) -> None:
-    other = build(1, options={"render_every_step": True})
-    first = world.reset([0], [FIRST_TRAINING_STATE + 7])
-    chunk = resting(first)
-    chunk += np.random.default_rng(0).uniform(-0.2, 0.2, chunk.shape).astype(np.float32)
-    ended = world.step_chunk([0], chunk)
-    world.reset([0], [4])
-    for env in (world, other):
-        assert_equal(env.reset([0], [FIRST_TRAINING_STATE + 7]), first)
-        # Drawn at every action in the other: what is drawn once a chunk is the same.
-        assert_equal(env.step_chunk([0], chunk).observation, ended.observation)
-    assert not np.array_equal(world.reset([0], [5]).images["head_camera"], first.images["head_camera"])
+    assert_equal_states_give_equal_episodes(world, build(1, options={"render_every_step": True}))
 
 
 def test_the_limit_truncates_inside_a_chunk_and_shows_the_final_frame(world: VecEnv) -> None:
-    chunk = resting(world.reset([0], [0]))
-    results = [world.step_chunk([0], chunk) for _ in range(2)]
-    assert [(int(r.executed_steps[0]), bool(r.truncated[0])) for r in results] == [(H, False), (LIMIT - H, True)]
-    assert results[1].observation.images["head_camera"].std() > 10
+    last = assert_the_limit_truncates_the_second_chunk(world)
     # Which seed it was: 100000, and 100 more for every one that would not stand still.
-    assert set(results[1].metrics) == {"seed_moves"}
-    assert results[1].metrics["seed_moves"][0] in range(10)
-    with pytest.raises(RuntimeError, match="has no running episode; reset it first"):
-        world.step_chunk([0], chunk)
+    assert set(last.metrics) == {"seed_moves"}
+    assert last.metrics["seed_moves"][0] in range(10)
     assert isinstance(world, Filmable)
     assert world.film(0).shape == (480, 640, 3)
-    assert world.film(0).std() > 10
 
 
 def test_a_randomized_table_has_clutter_and_repeats_itself(build: Callable[..., VecEnv]) -> None:
