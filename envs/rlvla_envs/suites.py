@@ -12,7 +12,7 @@ from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from types import ModuleType
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from rlvla_envs.base import SuiteConfig, VecEnv
 from rlvla_envs.suite_home import Home
@@ -178,6 +178,14 @@ class NotReadyError(ValueError):
         super().__init__(message)
         self.fix = fix
         """The command."""
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        # Raised in a simulator's process it has to reach the user, and pickle cannot call with a keyword.
+        return _not_ready, (str(self), self.fix)
+
+
+def _not_ready(message: str, fix: str) -> NotReadyError:
+    return NotReadyError(message, fix=fix)
 
 
 def require_packages(*modules: str, fix: str) -> None:

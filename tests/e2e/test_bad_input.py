@@ -135,6 +135,18 @@ def test_a_policy_on_a_suite_with_other_conventions_is_refused_before_a_folder_i
     assert not (tmp_path / "out").exists()
 
 
+def test_a_suite_that_is_not_set_up_is_refused_with_the_command_that_sets_it_up(
+    policy_folder: Path, tmp_path: Path
+) -> None:
+    # Over Ray, where the refusal is raised in another process.
+    words = ["suite=metaworld_mt10", "workers.num_actors=1", "workers.envs_per_actor=1", f"output={tmp_path / 'out'}"]
+    done = rlvla("eval", f"policy={policy_folder}", *words, RLVLA_SUITES=str(tmp_path / "suites"))
+    said = refusal(done)
+    assert "metaworld is not set up" in said
+    assert "Run: rlvla suites setup metaworld" in said
+    assert "bug in rlvla" not in said
+
+
 def test_a_run_never_overwrites_another(policy_folder: Path, tmp_path: Path) -> None:
     (tmp_path / "mine.txt").write_text("keep me")
     said = refusal(rlvla("eval", "suite=toy", f"policy={policy_folder}", f"output={tmp_path}"))
