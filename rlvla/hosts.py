@@ -85,7 +85,7 @@ class SimulatorHost:
 
 def _keep_to_one_thread() -> None:
     """One simulator a core: more threads in each only fight. Torch is told if it is here and will read it if it comes:
-    to import it takes a second and 200 MB, and half of the worlds never do."""
+    to import it takes long and much memory, and half of the worlds never do."""
     if (torch := sys.modules.get("torch")) is not None:
         torch.set_num_threads(1)
     else:

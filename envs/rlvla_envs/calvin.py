@@ -6,15 +6,14 @@ its code and meshes in the user's clone; docs/how-to/calvin.md says what a user 
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from rlvla_envs.base import ActionComponent, Camera, EnvSpec, SuiteConfig
 from rlvla_envs.calvin_tasks import CHAINS, LENGTH, STATE_NAMES, SUBTASK_STEPS
-from rlvla_envs.slots import After, Look, Slot, SlottedEnv, check_slotted, ready_at_home
+from rlvla_envs.slots import Look, Slot, TellingEnv, check_slotted, ready_at_home
 from rlvla_envs.suite_home import Home
-from rlvla_envs.suites import NotReadyError, Ready
+from rlvla_envs.suites import NotReadyError, Ready, named_clone
 
 if TYPE_CHECKING:
     from rlvla_envs.calvin_world import World
@@ -63,7 +62,7 @@ MB_PER_WORLD = 150
 """A process with one simulation took 270 MB."""
 
 
-class CalvinEnv(SlottedEnv["World"]):
+class CalvinEnv(TellingEnv["World"]):
     """A `VecEnv` of CALVIN's chains; an episode is a chain, and is solved when all five subtasks are.
 
     The instruction is that of the subtask to be solved now. The step that solves one ends its chunk, so that the policy
@@ -115,14 +114,6 @@ class CalvinEnv(SlottedEnv["World"]):
 
         return World(self._root, self._scene, self._size, self._limit)
 
-    def _worded(self, slot: Slot[World]) -> str:
-        assert slot.world is not None
-        return slot.world.language
-
-    def _after(self, slot: Slot[World]) -> After:
-        assert slot.world is not None
-        return slot.world.after
-
     def _see(self, slot: Slot[World]) -> Look:
         assert slot.world is not None
         return slot.world.see()
@@ -134,14 +125,7 @@ def find_clone(config: SuiteConfig) -> Path:
     Raises:
         NotReadyError: nobody says where it is, or it lacks something.
     """
-    said = config.options.get("root") or os.environ.get(VARIABLE)
-    if not said:
-        raise NotReadyError(
-            f"CALVIN's code and meshes are in no package: clone them ({CLONE}) and set {VARIABLE}, or "
-            "suite.options.root, to the clone.",
-            fix=CLONE,
-        )
-    root = Path(os.path.abspath(Path(str(said)).expanduser()))
+    root = named_clone(config, VARIABLE, absent="CALVIN's code and meshes are in no package: clone them", fix=CLONE)
     scene = config.options.get("scene", SCENE)
     wanted = [*FILES, f"calvin_env/conf/scene/{scene}.yaml", "calvin_env/data"]
     absent = [name for name in wanted if not (root / name).exists()]

@@ -6,7 +6,6 @@ interpreter is RoboTwin's; docs/how-to/domino.md says what a user has to know, a
 
 from __future__ import annotations
 
-import os
 import re
 import sys
 from pathlib import Path
@@ -19,7 +18,6 @@ from rlvla_envs.robotwin import HOME as ROBOTWIN
 from rlvla_envs.robotwin import (
     MB_PER_PROCESS,
     MB_PER_WORLD,
-    Assets,
     arms_spec,
     check_arms,
     shader,
@@ -30,9 +28,9 @@ from rlvla_envs.robotwin import (
 from rlvla_envs.robotwin_standins import VERSION as STAND_INS_VERSION
 from rlvla_envs.robotwin_standins import missing_files
 from rlvla_envs.robotwin_tasks import FIRST_SEED, STATES_PER_TASK, seeds_to_try
-from rlvla_envs.slots import After, Slot, SlottedEnv, ready_at_home
-from rlvla_envs.stand_ins import is_current
-from rlvla_envs.suites import NotReadyError, Ready
+from rlvla_envs.slots import Slot, TellingEnv, ready_at_home
+from rlvla_envs.stand_ins import Assets, is_current
+from rlvla_envs.suites import NotReadyError, Ready, named_clone
 
 if TYPE_CHECKING:
     from rlvla_envs.domino_world import DominoWorld
@@ -67,7 +65,7 @@ PACKAGES = ("sapien", "mplib", "toppra")
 VERSION = f"1, penalties {PENALTY_OUT_OF_BOUNDS} and {PENALTY_CLUTTER}"
 
 
-class DominoEnv(SlottedEnv["DominoWorld"]):
+class DominoEnv(TellingEnv["DominoWorld"]):
     """A `VecEnv` of DOMINO's tasks. An object that leaves the table's bounds untouched loses the episode.
 
     ``ChunkResult.metrics`` has ``manipulation_score`` and ``route_completion``, 0 to 100, and ``seed_moves``, as
@@ -112,14 +110,6 @@ class DominoEnv(SlottedEnv["DominoWorld"]):
     def _step_limit(self, slot: Slot[DominoWorld]) -> int:
         return min(self.spec.max_episode_steps, self._limits[slot.task])
 
-    def _worded(self, slot: Slot[DominoWorld]) -> str:
-        assert slot.world is not None
-        return slot.world.language
-
-    def _after(self, slot: Slot[DominoWorld]) -> After:
-        assert slot.world is not None
-        return slot.world.after
-
 
 def find_clone(config: SuiteConfig) -> Path:
     """The user's clone.
@@ -127,18 +117,12 @@ def find_clone(config: SuiteConfig) -> Path:
     Raises:
         NotReadyError: nobody says where it is, or it lacks something.
     """
-    said = config.options.get("root") or os.environ.get(VARIABLE)
-    if not said:
+    absent = "DOMINO's code is in no package: put RoboTwin's assets into the folder assets of a clone"
+    root = named_clone(config, VARIABLE, absent=absent, fix=CLONE)
+    lacks = [name for name in FILES if not (root / name).is_file()]
+    if lacks:
         raise NotReadyError(
-            f"DOMINO's code is in no package: clone it ({CLONE}), put RoboTwin's assets into its folder assets, and "
-            f"set {VARIABLE}, or suite.options.root, to the clone.",
-            fix=CLONE,
-        )
-    root = Path(os.path.abspath(Path(str(said)).expanduser()))
-    absent = [name for name in FILES if not (root / name).is_file()]
-    if absent:
-        raise NotReadyError(
-            f"{root} is no clone of H-EmbodVis/DOMINO, or one of another version: {absent[0]} is missing.", fix=CLONE
+            f"{root} is no clone of H-EmbodVis/DOMINO, or one of another version: {lacks[0]} is missing.", fix=CLONE
         )
     if lacking := missing_files(root):
         download = f"{HOME.folder() / 'bin/robotwin-download-assets'} --output {HOME.folder() / 'official'}"

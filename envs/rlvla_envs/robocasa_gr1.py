@@ -11,14 +11,14 @@ import importlib.util
 import math
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING
 
 from rlvla_envs.base import ActionComponent, Camera, EnvSpec, SuiteConfig
 from rlvla_envs.robocasa_gr1_standins import ASSETS, VERSION, generate, missing_files
 from rlvla_envs.robocasa_gr1_tasks import STATE_NAMES, STATES_PER_TASK, STREAMS, chosen_tasks
 from rlvla_envs.slots import Slot, SlottedEnv, check_slotted, ready_at_home
 from rlvla_envs.stand_ins import FOLDER as STAND_INS
-from rlvla_envs.stand_ins import is_current
+from rlvla_envs.stand_ins import Assets, is_current
 from rlvla_envs.suite_home import Home
 from rlvla_envs.suites import NotReadyError, Ready
 
@@ -57,14 +57,6 @@ MB_PER_PROCESS = 600
 """Python, MuJoCo, robosuite and numba, and the process that speaks to them."""
 MB_PER_WORLD = 1100
 """One simulation and its picture buffers. With both, 1.7 GB were measured, on stand-ins."""
-
-
-class Assets(NamedTuple):
-    """Where the simulator shall look."""
-
-    folder: Path
-    unscored: str
-    """See `EnvSpec.unscored`."""
 
 
 class RoboCasaGR1Env(SlottedEnv["World"]):

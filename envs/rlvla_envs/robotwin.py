@@ -13,7 +13,7 @@ import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING
 
 from rlvla_envs.base import ActionComponent, Camera, EnvSpec, SuiteConfig
 from rlvla_envs.robotwin_standins import VERSION as STAND_INS_VERSION
@@ -30,10 +30,10 @@ from rlvla_envs.robotwin_tasks import (
     read_seeds,
     seeds_to_try,
 )
-from rlvla_envs.slots import After, Slot, SlottedEnv, check_slotted, ready_at_home
+from rlvla_envs.slots import Slot, TellingEnv, check_slotted, ready_at_home
 from rlvla_envs.stand_ins import FOLDER as STAND_INS
-from rlvla_envs.stand_ins import is_current
-from rlvla_envs.suite_home import Home
+from rlvla_envs.stand_ins import Assets, is_current
+from rlvla_envs.suite_home import Home, absolute
 from rlvla_envs.suites import NotReadyError, Ready
 
 if TYPE_CHECKING:
@@ -99,16 +99,7 @@ MB_PER_WORLD = 600
 """One simulation with its pictures, on stand-ins: 1.2 GB were measured with both."""
 
 
-class Assets(NamedTuple):
-    """Where the simulator shall look."""
-
-    folder: Path
-    """In which there is ``assets``."""
-    unscored: str
-    """See `EnvSpec.unscored`."""
-
-
-class RoboTwinEnv(SlottedEnv["World"]):
+class RoboTwinEnv(TellingEnv["World"]):
     """A `VecEnv` of RoboTwin's tasks, each with the benchmark's own step limit.
 
     ``ChunkResult.metrics`` has ``seed_moves``: how often setting up moved on to another seed, because objects did not
@@ -142,14 +133,6 @@ class RoboTwinEnv(SlottedEnv["World"]):
 
     def _step_limit(self, slot: Slot[World]) -> int:
         return min(self.spec.max_episode_steps, STEP_LIMITS[self._tasks[slot.task]])
-
-    def _worded(self, slot: Slot[World]) -> str:
-        assert slot.world is not None
-        return slot.world.language
-
-    def _after(self, slot: Slot[World]) -> After:
-        assert slot.world is not None
-        return slot.world.after
 
 
 def arms_spec(
@@ -189,7 +172,7 @@ def find_assets(prefix: Path, suite: str, tasks: Sequence[str]) -> Assets:
         NotReadyError: neither, or stand-ins that lack objects; with the command that brings the official ones.
     """
     named = os.environ.get(VARIABLE)
-    root = Path(os.path.abspath(Path(named).expanduser())) if named else prefix / OFFICIAL
+    root = absolute(named) if named else prefix / OFFICIAL
     fix = f"{prefix / 'bin/robotwin-download-assets'} --output {root}"
     absent = missing_files(root)
     if not absent and not is_current(root, STAND_INS_VERSION):

@@ -61,7 +61,18 @@ class World(Protocol):
     def close(self) -> None: ...
 
 
+class TellingWorld(World, Protocol):
+    """One that itself knows what the policy is told, and what a step did beside solving the task."""
+
+    @property
+    def language(self) -> str: ...
+
+    @property
+    def after(self) -> After: ...
+
+
 W = TypeVar("W", bound=World)
+T = TypeVar("T", bound=TellingWorld)
 
 
 @dataclass
@@ -203,6 +214,18 @@ class SlottedEnv(Generic[W]):
         while self._free and busy + len(self._free) > self.num_envs:
             self._free.pop(0)[1].close()
         return world
+
+
+class TellingEnv(SlottedEnv[T]):
+    """A `SlottedEnv` of worlds that know it themselves."""
+
+    def _worded(self, slot: Slot[T]) -> str:
+        assert slot.world is not None
+        return slot.world.language
+
+    def _after(self, slot: Slot[T]) -> After:
+        assert slot.world is not None
+        return slot.world.after
 
 
 def check_slotted(

@@ -9,11 +9,20 @@ import json
 import struct
 import zlib
 from pathlib import Path
+from typing import NamedTuple
 
 STAMP = "rlvla-stand-ins.json"
 """In a folder of stand-ins, written last."""
 FOLDER = Path("stand-ins")
 """In a suite's environment."""
+
+
+class Assets(NamedTuple):
+    """Where a simulator shall look for its assets."""
+
+    folder: Path
+    unscored: str
+    """See `EnvSpec.unscored`; of stand-ins it says that they are."""
 
 
 def stamp(folder: Path, version: int, files: int) -> None:

@@ -80,5 +80,10 @@ def suites_folder() -> Path:
     """RLVLA_SUITES, else rlvla/suites in the user's cache folder."""
     chosen = os.environ.get("RLVLA_SUITES")
     if chosen:
-        return Path(os.path.abspath(Path(chosen).expanduser()))
+        return absolute(chosen)
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "rlvla" / "suites"
+
+
+def absolute(path: str | Path) -> Path:
+    """A path that somebody gave, whole. Links stay: a virtual environment's interpreter is one."""
+    return Path(os.path.abspath(Path(path).expanduser()))

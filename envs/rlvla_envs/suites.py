@@ -15,7 +15,7 @@ from types import ModuleType
 from typing import Any, NamedTuple
 
 from rlvla_envs.base import SuiteConfig, VecEnv
-from rlvla_envs.suite_home import Home
+from rlvla_envs.suite_home import Home, absolute
 
 SUITES = {
     "toy": "rlvla_envs.toy:ToyEnv",
@@ -85,7 +85,7 @@ def interpreter_path(python: str) -> str:
         ValueError: there is nothing that could be run.
     """
     # Not resolved: the interpreter of a virtual environment is a link, and finds its packages by the link's place.
-    path = Path(os.path.abspath(Path(python).expanduser()))
+    path = absolute(python)
     if path.is_file() and os.access(path, os.X_OK):
         return str(path)
     inside = path / "bin" / "python"
@@ -193,6 +193,18 @@ def require_packages(*modules: str, fix: str) -> None:
     absent = [module for module in modules if importlib.util.find_spec(module) is None]
     if absent:
         raise NotReadyError(f"{', '.join(absent)} cannot be imported.", fix=fix)
+
+
+def named_clone(config: SuiteConfig, variable: str, *, absent: str, fix: str) -> Path:
+    """The user's clone of a benchmark that is in no package: ``suite.options.root``, else an environment variable.
+
+    Raises:
+        NotReadyError: neither names one: ``absent`` and how to.
+    """
+    said = config.options.get("root") or os.environ.get(variable)
+    if not said:
+        raise NotReadyError(f"{absent} ({fix}) and set {variable}, or suite.options.root, to the clone.", fix=fix)
+    return absolute(str(said))
 
 
 class Ready(NamedTuple):

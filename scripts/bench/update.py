@@ -60,15 +60,15 @@ def measure(arguments: argparse.Namespace) -> dict[str, Any]:
             return decisions * arguments.epochs
 
         def least() -> float:
-            trained, decisions = copy.deepcopy(policy), kept[kept["valid"]]
+            trained, rows = copy.deepcopy(policy), kept[kept["valid"]]
             trained.requires_grad_(False)
             trained.expert.requires_grad_(True)
             sampler = Iteration(policy, algo, block=1).sampler
             for _ in range(arguments.epochs):
-                for batch in map(recall, decisions.split(algo.minibatch_size)):
+                for batch in map(recall, rows.split(algo.minibatch_size)):
                     scored = sampler.score(trained, Context.from_tensordict(batch["context"]), batch)
                     scored.log_prob.sum().backward()
-            return len(decisions) * arguments.epochs
+            return len(rows) * arguments.epochs
 
         loops = {"kept": lambda: update("kept", kept), "again": lambda: update("again", read), "least": least}
         turns = in_turns(loops, arguments.repeats)

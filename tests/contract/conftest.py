@@ -2,12 +2,12 @@
 
 from collections.abc import Callable, Iterator
 from dataclasses import replace
-from typing import Any
 
 import pytest
 
 from rlvla_envs.base import SuiteConfig, VecEnv
-from rlvla_envs.suites import NotReadyError, check_ready, interpreter_of, make_env
+from rlvla_envs.suites import NotReadyError, check_ready, interpreter_of
+from tests.worlds import opened
 
 
 @pytest.fixture(scope="module")
@@ -33,15 +33,8 @@ def python(config: SuiteConfig) -> str:
 @pytest.fixture(scope="module")
 def build(config: SuiteConfig, python: str) -> Iterator[Callable[..., VecEnv]]:
     """``build(num_envs, **changes of CONFIG)``; closed after the module."""
-    opened: list[VecEnv] = []
-
-    def make(num_envs: int, **changes: Any) -> VecEnv:
-        opened.append(make_env(replace(config, **changes), num_envs))
-        return opened[-1]
-
-    yield make
-    for world in opened:
-        world.close()
+    with opened() as make:
+        yield lambda num_envs, **changes: make(replace(config, **changes), num_envs)
 
 
 @pytest.fixture(scope="module")

@@ -16,8 +16,9 @@ from rlvla_envs.domino import FILES, check_ready, find_clone, outline, tasks_of
 from rlvla_envs.domino_score import EpisodeFacts, manipulation_score, route_completion
 from rlvla_envs.robotwin import ACTION
 from rlvla_envs.stand_ins import stamp
-from rlvla_envs.suites import HELD_OUT, NotReadyError, make_env
+from rlvla_envs.suites import HELD_OUT, NotReadyError
 from tests import domino_clone
+from tests.worlds import opened
 
 H = 4
 CONFIG = SuiteConfig(
@@ -72,15 +73,10 @@ def clone(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def build(clone: Path) -> Iterator[Callable[..., VecEnv]]:
     """``build(task, **options)`` in another process; closed after the module."""
-    opened: list[VecEnv] = []
-
-    def make(task: str = "catch_block", **options: Any) -> VecEnv:
-        opened.append(make_env(replace(CONFIG, task=task, options={"root": str(clone), **options}), 1))
-        return opened[-1]
-
-    yield make
-    for world in opened:
-        world.close()
+    with opened() as make:
+        yield lambda task="catch_block", **options: make(
+            replace(CONFIG, task=task, options={"root": str(clone), **options}), 1
+        )
 
 
 @pytest.fixture(scope="module")
