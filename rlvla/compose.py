@@ -286,8 +286,8 @@ def _register_schemas() -> None:
 
 @cache
 def _register_policies() -> None:
-    """The same for the architectures, whose modules import torch and the model libraries: a typo in another verb's words
-    must not wait for them. `rlvla sft` alone chooses among them; the others read a policy's folder."""
+    """The same for the architectures, whose modules import torch and the model libraries. A typo in another verb
+    must not wait for them: `rlvla sft` alone chooses among them; the others read a policy's folder."""
     from hydra.core.config_store import ConfigStore
 
     from rlvla.policies.architectures import ARCHITECTURES, architecture

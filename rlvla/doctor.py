@@ -174,7 +174,7 @@ def line(finding: Finding) -> str:
     """``status  name  what was found``, and the cure below."""
     aside = "" if finding.needed or finding.status is Status.ok else " (this run does not need it)"
     indent = "\n" + " " * 31
-    shown = f"{finding.status.value:9s}{finding.name + " ":22s}{finding.found.replace(chr(10), indent)}{aside}"
+    shown = f"{finding.status.value:9s}{finding.name:21s} {finding.found.replace(chr(10), indent)}{aside}"
     return shown + (f"\n{'':9s}{'':22s}-> {finding.fix}" if finding.status is not Status.ok and finding.fix else "")
 
 

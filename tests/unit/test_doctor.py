@@ -331,5 +331,6 @@ def test_a_problem_is_followed_by_the_command_that_cures_it() -> None:
     assert second.strip() == "-> sudo scripts/setup.sh --vulkan"
     assert second.startswith(" ")
     assert "\n" not in line(Finding("python", Status.ok, "3.11", fix=sys.executable))
+    assert "suite libero_spatial_pro here" in line(Finding("suite libero_spatial_pro", Status.ok, "here"))
     aside = line(Finding("osmesa", Status.missing, "absent", fix="x", needed=False))
     assert "this run does not need it" in aside
