@@ -19,6 +19,7 @@ from rlvla_envs.base import Observation, Scattered
 class Block:
     """What decisions that were taken at once were made from."""
 
+    seen: Observation
     batch: TensorDict
     context: Context
 
@@ -134,7 +135,7 @@ class Actor:
             made = sampler.sample(policy, context, draws, temperature)
         keep = slice(num_rows)
         decision = Decision(policy.actions_to_env(made.action)[keep], made.stored[keep])
-        return decision, Block(batch, Context.from_tensordict(context.to_tensordict()[keep]))
+        return decision, Block(observation, batch, Context.from_tensordict(context.to_tensordict()[keep]))
 
 
 def context_noise(draws: Mapping[str, np.ndarray], num_rows: int) -> TensorDict:

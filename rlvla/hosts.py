@@ -4,15 +4,19 @@ import os
 import platform
 import sys
 import time
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+from typing import Any, NamedTuple
 
 import numpy as np
 
+from rlvla.sheets import Address, Images, SheetWriter, put, writer_at
 from rlvla_envs.base import (
     ChunkResult,
     Demonstration,
     Demonstrator,
+    DrawsInto,
     Filmable,
     Grouped,
     Observation,
@@ -25,6 +29,44 @@ from rlvla_envs.suites import make_env
 Arrays = dict[str, np.ndarray]
 
 
+class Pictures(NamedTuple):
+    """Where a round's pictures go: rows of a sheet of the learner's memory (`rlvla.sheets`)."""
+
+    address: Address
+    sheet: int
+    restart_rows: np.ndarray
+    """[R] of the request's restarts"""
+    chunk_rows: np.ndarray
+    """[B] of its chunks"""
+
+
+@dataclass(frozen=True)
+class Canvas:
+    """Rows of a sheet for the pictures of one call; none where they travel with the reply."""
+
+    sheet: Images | None = None
+    rows: np.ndarray = field(default_factory=lambda: np.zeros(0, dtype=np.int64))
+
+    @contextmanager
+    def under(self, env: VecEnv) -> Iterator[None]:
+        """Lets a world draw on it that can; rows that are not together it cannot be given."""
+        if self.sheet is None or not isinstance(env, DrawsInto) or self.rows[-1] + 1 - self.rows[0] != len(self.rows):
+            yield
+            return
+        env.room = {name: image[self.rows[0] : self.rows[-1] + 1] for name, image in self.sheet.items()}
+        try:
+            yield
+        finally:
+            env.room = None
+
+    def take(self, seen: Observation) -> Observation:
+        """Puts pictures on it; what is left for the reply."""
+        if self.sheet is None:
+            return seen
+        put(self.sheet, self.rows, seen)
+        return Observation({}, seen.instruction, seen.state)
+
+
 class SimulatorHost:
     """What a simulator process does for its driver."""
 
@@ -32,6 +74,9 @@ class SimulatorHost:
         _keep_to_one_thread()
         self._suite, self._num_envs = suite, num_envs
         self._env: VecEnv | None = None
+        self._writer: SheetWriter | None = None
+        self._sought = False
+        """Whether the learner's memory was looked for; where it is not within reach it will not be later."""
 
     def spec(self) -> dict[str, Any]:
         """Builds the simulators: here and not in the constructor, so that an error arrives as itself."""
@@ -42,16 +87,33 @@ class SimulatorHost:
         """Answers as soon as the process runs, long before it has a simulator: the name of its machine."""
         return platform.node()
 
-    def advance(self, request: Arrays) -> Arrays:
+    def advance(self, request: Arrays, pictures: Pictures | None = None) -> Arrays:
+        """
+        Args:
+            pictures: where they go. The reply then has none, unless that is out of reach.
+        """
         env = self._ready()
+        restarts, chunks = self._canvases(pictures)
         spent = Stopwatch(env)
         reply: Arrays = {}
         if len(request["restart_slots"]):
-            first = env.reset(request["restart_slots"].tolist(), request["restart_states"].tolist())
-            reply |= pack_observation(first, "restart/")
+            with restarts.under(env):
+                first = env.reset(request["restart_slots"].tolist(), request["restart_states"].tolist())
+            reply |= pack_observation(restarts.take(first), "restart/")
         if len(request["chunk_slots"]):
-            reply |= pack_result(env.step_chunk(request["chunk_slots"].tolist(), request["chunk_actions"]), "chunk/")
+            with chunks.under(env):
+                result = env.step_chunk(request["chunk_slots"].tolist(), request["chunk_actions"])
+            reply |= pack_result(replace(result, observation=chunks.take(result.observation)), "chunk/")
         return reply | {"seconds": spent.read()}
+
+    def _canvases(self, pictures: Pictures | None) -> tuple[Canvas, Canvas]:
+        """For restarts and for chunks."""
+        if pictures is None:
+            return Canvas(), Canvas()
+        if not self._sought:
+            self._writer, self._sought = writer_at(pictures.address), True
+        sheet = None if self._writer is None else self._writer.images(pictures.sheet)
+        return Canvas(sheet, pictures.restart_rows), Canvas(sheet, pictures.chunk_rows)
 
     def replay(self, slot: int, state: int, chunks: Sequence[np.ndarray]) -> Arrays:
         """Bring one slot where another simulator had it: the episode from ``state`` with ``chunks`` [n][H C] played.

@@ -4,8 +4,8 @@ import os
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
-from dataclasses import dataclass, field
-from typing import Any, TypeVar
+from dataclasses import dataclass, field, replace
+from typing import Any
 
 import numpy as np
 
@@ -13,16 +13,17 @@ from rlvla.cluster import connect, disconnect
 from rlvla.config import ClusterConfig, WorkersConfig
 from rlvla.hosts import (
     Arrays,
+    Pictures,
     SimulatorHost,
     unpack_demonstration,
     unpack_observation,
     unpack_result,
 )
 from rlvla.recovery import Deadlines, HostGoneError, Incident, Played, Restarts
+from rlvla.sheets import Sheet, Sheets, put
 from rlvla.workers import Finish, Reply, Round
 from rlvla_envs.base import ChunkResult, Demonstration, EnvSpec, Observation, SuiteConfig
 
-Rows = TypeVar("Rows", Observation, ChunkResult)
 START_ATTEMPTS = 3
 SPARE_ANSWERS_S = 5.0
 """Longest that an idle spare may take to say that it lives."""
@@ -53,13 +54,28 @@ class _Call:
 
 @dataclass
 class _Parts:
-    """Rows that have come in, in any order."""
+    """Rows that have come in, in any order. Their pictures are on the sheet, restarts behind chunks."""
 
-    first: list[tuple[np.ndarray, Observation]]
-    result: list[tuple[np.ndarray, ChunkResult]]
-    lost: dict[int, bool]
+    sheet: Sheet
+    chunks: int
+    """How many the round runs."""
+    first: list[tuple[np.ndarray, Observation]] = field(default_factory=list)
+    result: list[tuple[np.ndarray, ChunkResult]] = field(default_factory=list)
+    lost: dict[int, bool] = field(default_factory=dict)
     seconds: list[np.ndarray] = field(default_factory=list)
     """What each worker said of its `rlvla.hosts.Stopwatch`."""
+
+    def add_first(self, rows: np.ndarray, seen: Observation) -> None:
+        self.first.append((rows, self._told(self.chunks + rows, seen)))
+
+    def add_result(self, rows: np.ndarray, result: ChunkResult) -> None:
+        self.result.append((rows, replace(result, observation=self._told(rows, result.observation))))
+
+    def _told(self, rows: np.ndarray, seen: Observation) -> Observation:
+        """All but the pictures. Those that were not written where they belong came with the reply."""
+        if seen.images:
+            put(self.sheet.images, rows, seen)
+        return Observation({}, seen.instruction, seen.state)
 
 
 class RayEnvs:
@@ -98,6 +114,7 @@ class RayEnvs:
         self._keeps_spare = spare
         self._spare: tuple[Any, _Call] | None = None
         """An actor, and the call that builds its simulators."""
+        self._sheets = Sheets((), 0)
         try:
             self._check_room(num_actors)
             specs = self._start_all(num_actors)
@@ -111,6 +128,7 @@ class RayEnvs:
         self.group_size, self.versions = int(specs[0]["group_size"]), str(specs[0]["versions"])
         self.spec = EnvSpec.from_dict({k: v for k, v in specs[0].items() if k not in ("group_size", "versions")})
         self.num_slots = num_actors * self._per_actor
+        self._sheets = Sheets(self.spec.cameras, self.num_slots)
         self._order_spare()
 
     # --- rounds
@@ -121,19 +139,19 @@ class RayEnvs:
     def begin(self, todo: Round) -> Finish:
         refused = np.array([self._restarts.quarantined(state) for state in todo.restart_states.tolist()], dtype=bool)
         shares = [share for share in self._shares(todo, refused) if share.work]
-        calls = [
-            self._call(share.worker, "advance", self._request(todo, share), work=share.work, doing="running a chunk")
-            for share in shares
-        ]
+        sheet = self._sheets.take()
+        calls = [self._advance(todo, share, sheet) for share in shares]
 
         def finish() -> Reply:
-            parts = _Parts([], [], {int(slot): True for slot in todo.restart_slots[refused]})
+            parts = _Parts(sheet, len(todo.chunk_slots), lost={int(slot): True for slot in todo.restart_slots[refused]})
             gone: list[tuple[_Share, str]] = []
             for share, call in zip(shares, calls, strict=True):
                 try:
                     self._take(parts, share, self._answer(call))
                 except HostGoneError as why:
                     gone.append((share, str(why)))
+            if not gone:
+                self._sheets.settle(sheet)
             # After the others: their work is done and must not wait in the object store behind a death.
             for share, reason in gone:
                 self._recover(parts, todo, share, reason)
@@ -156,24 +174,31 @@ class RayEnvs:
             "chunk_actions": todo.chunk_actions[share.chunk_rows],
         }
 
+    def _advance(self, todo: Round, share: _Share, sheet: Sheet) -> _Call:
+        address, behind = self._sheets.address, len(todo.chunk_slots)
+        pictures = address and Pictures(address, sheet.number, behind + share.restart_rows, share.chunk_rows)
+        request = self._request(todo, share)
+        return self._call(share.worker, "advance", request, pictures, work=share.work, doing="running a chunk")
+
     @staticmethod
     def _take(parts: _Parts, share: _Share, arrays: Arrays) -> None:
         parts.seconds.append(arrays["seconds"])
         if len(share.restart_rows):
-            parts.first.append((share.restart_rows, unpack_observation(arrays, "restart/")))
+            parts.add_first(share.restart_rows, unpack_observation(arrays, "restart/"))
         if len(share.chunk_rows):
-            parts.result.append((share.chunk_rows, unpack_result(arrays, "chunk/")))
+            parts.add_result(share.chunk_rows, unpack_result(arrays, "chunk/"))
 
     def _reply(self, parts: _Parts, todo: Round) -> Reply:
         """Rows in the order asked; from here on they count as played."""
         first = result = None
         if parts.first:
-            order = np.argsort(np.concatenate([rows for rows, _ in parts.first]))
-            first = _in_order(Observation.concatenate([part for _, part in parts.first]), order)
+            rows = np.concatenate([rows for rows, _ in parts.first])
+            told = Observation.concatenate([part for _, part in parts.first]).take(np.argsort(rows))
+            first = _seen(parts.sheet, parts.chunks + np.sort(rows), told)
         if parts.result:
-            order = np.argsort(np.concatenate([rows for rows, _ in parts.result]))
-            whole = ChunkResult.concatenate([part for _, part in parts.result])
-            result = _in_order(whole, order)
+            rows = np.concatenate([rows for rows, _ in parts.result])
+            result = ChunkResult.concatenate([part for _, part in parts.result]).take(np.argsort(rows))
+            result = replace(result, observation=_seen(parts.sheet, np.sort(rows), result.observation))
         for slot, state in zip(todo.restart_slots.tolist(), todo.restart_states.tolist(), strict=True):
             self._played[slot] = Played(state)
         kept = [row for row, slot in enumerate(todo.chunk_slots.tolist()) if slot not in parts.lost]
@@ -208,14 +233,14 @@ class RayEnvs:
             lost = {slot: True for slot, played in wanted.items() if self._restarts.quarantined(played.state)}
             if not replayable:
                 lost |= {slot: False for slot in wanted if slot not in begun and slot not in lost}
+            made = _Parts(parts.sheet, parts.chunks)
             try:
                 self._replace(share.worker)
                 if replayable:
-                    made = self._replay(
-                        share.worker, {s: p for s, p in wanted.items() if s not in lost}, begun, pending
-                    )
+                    playable = {slot: played for slot, played in wanted.items() if slot not in lost}
+                    self._replay(made, share.worker, playable, begun, pending)
                 else:
-                    made = self._restart(share, todo, lost)
+                    self._restart(made, share, todo, lost)
                 break
             except HostGoneError as again:
                 why = str(again)
@@ -237,9 +262,10 @@ class RayEnvs:
         # Now that nobody waits for the cores.
         self._order_spare()
 
-    def _replay(self, worker: int, wanted: dict[int, Played], begun: dict[int, int], pending: dict[int, int]) -> _Parts:
+    def _replay(
+        self, made: _Parts, worker: int, wanted: dict[int, Played], begun: dict[int, int], pending: dict[int, int]
+    ) -> None:
         """One slot after the other, so that a death has one name. Rows are those of restarts and of pending chunks."""
-        made = _Parts([], [], {})
         for slot, played in wanted.items():
             arguments = (slot - worker * self._per_actor, played.state, played.chunks)
             call = self._call(worker, "replay", *arguments, work=1 + len(played.chunks), doing="replaying an episode")
@@ -249,14 +275,12 @@ class RayEnvs:
                 self._restarts.blame(played.state)
                 raise
             if slot in begun:
-                made.first.append((np.array([begun[slot]]), unpack_observation(reply, "restart/")))
+                made.add_first(np.array([begun[slot]]), unpack_observation(reply, "restart/"))
             elif slot in pending:
-                made.result.append((np.array([pending[slot]]), unpack_result(reply, "chunk/")))
-        return made
+                made.add_result(np.array([pending[slot]]), unpack_result(reply, "chunk/"))
 
-    def _restart(self, share: _Share, todo: Round, lost: dict[int, bool]) -> _Parts:
+    def _restart(self, made: _Parts, share: _Share, todo: Round, lost: dict[int, bool]) -> None:
         """Where episodes cannot be replayed: the restarts alone."""
-        made = _Parts([], [], {})
         rows = np.array([row for row in share.restart_rows if int(todo.restart_slots[row]) not in lost], dtype=np.int64)
         if len(rows):
             alone = _Share(share.worker, rows, np.zeros(0, dtype=np.int64))
@@ -268,7 +292,6 @@ class RayEnvs:
                 for state in todo.restart_states[rows].tolist():
                     self._restarts.blame(state)
                 raise
-        return made
 
     def _replace(self, worker: int) -> None:
         """Another actor in the place of one that is gone: the spare if there is one, else a fresh one."""
@@ -377,7 +400,7 @@ class RayEnvs:
                 return self._answer(call)
             except HostGoneError as why:
                 todo = Round(nothing, nothing, nothing, np.zeros((0, 1, 1), dtype=np.float32))
-                self._recover(_Parts([], [], {}), todo, _Share(worker, nothing, nothing), str(why))
+                self._recover(_Parts(Sheet(-1, {}), 0), todo, _Share(worker, nothing, nothing), str(why))
                 call = again(worker, *arguments)
         try:
             return self._answer(call)
@@ -391,6 +414,7 @@ class RayEnvs:
             with suppress(Exception):
                 self._ray.kill(actor)
         self._actors, self._spare = [], None
+        self._sheets.close()
         disconnect(self._ray)
 
     # --- actors and calls
@@ -473,10 +497,10 @@ class RayEnvs:
         return answer
 
 
-def _in_order(whole: Rows, order: np.ndarray) -> Rows:
-    """Rows in the order asked. They come in it, and stay in Ray's memory until a decision takes them out, unless a
-    worker was replaced."""
-    return whole if (order == np.arange(len(order))).all() else whole.take(order)
+def _seen(sheet: Sheet, rows: np.ndarray, told: Observation) -> Observation:
+    """What was told, with its pictures: in the memory they were written to, unless rows between them were lost."""
+    together = rows[-1] + 1 - rows[0] == len(rows)
+    return Observation(sheet.part(slice(rows[0], rows[-1] + 1) if together else rows), told.instruction, told.state)
 
 
 def _cause(error: Exception) -> str:

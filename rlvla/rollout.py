@@ -209,6 +209,9 @@ def collect(
     policy = actor.policy
     device = actor.device
     sources: list[TensorDict] = []
+    pictures: list[Observation] = []
+    # A simulator's arrays are kept as they are; a GPU reads its copies of them again.
+    in_place = torch.device(device).type == "cpu"
     seen = 0
     pieces: list[TensorDict] = []
     decided: dict[tuple[int, int], TensorDict] = {}
@@ -228,7 +231,9 @@ def collect(
         for block in thought.blocks:
             source = {"context": block.context.to_tensordict()} if store_context else {}
             if store_inputs or not store_context:
-                source["batch"] = block.batch
+                source["batch"] = block.batch.exclude("images") if in_place else block.batch
+                if in_place:
+                    pictures.append(block.seen)
             sources.append(alone(TensorDict(source, batch_size=[len(block)], device=device)))
         features = torch.cat([_read(policy, value_head, block.context) for block in thought.blocks])
         decided[int(episode[0]), int(decision[0])] = TensorDict(
@@ -279,7 +284,7 @@ def collect(
     rollout = _arrange(pieces, np.concatenate(rows), len(initial_states), envs.spec.max_decisions)
     states = torch.tensor(initial_states, device=device)[:, None]
     rollout["initial_state"] = states.expand(rollout.batch_size).clone()
-    refer(rollout, Rounds(sources), rollout["row"])
+    refer(rollout, Rounds(sources, pictures, policy.camera_order()), rollout["row"])
     if lost:
         kept = [episode for episode in range(len(initial_states)) if episode not in lost]
         rollout = rollout[torch.tensor(kept, device=device)]

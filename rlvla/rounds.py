@@ -1,7 +1,8 @@
 """What decisions were made from, left where the rounds of a rollout put it.
 
 Images and contexts are most of what a rollout holds. A rollout [E, T] has the number of each decision's row instead,
-and a pass over decisions copies the rows it needs. There is no other copy.
+and a pass over decisions copies the rows it needs. There is no other copy: images stay in the arrays that simulators
+handed out.
 """
 
 from collections.abc import Sequence
@@ -14,16 +15,25 @@ from tensordict import TensorDict
 from torch import Tensor
 
 from rlvla.policies.base import pad_tokens
+from rlvla_envs.base import Observation, stack_views
+
+IMAGES = ("batch", "images")
 
 
 class Rounds:
     """``context``, ``batch`` or both of decisions, in the blocks they were made in, whose rows are numbered through."""
 
-    def __init__(self, blocks: Sequence[TensorDict]) -> None:
+    def __init__(
+        self, blocks: Sequence[TensorDict], seen: Sequence[Observation] = (), cameras: Sequence[str] = ()
+    ) -> None:
         """
         Args:
             blocks: [n] each, with the same keys; their tokens are padded to the longest.
+            seen: [n] each, what has the blocks' images where ``batch`` is without them.
+            cameras: of these images, in their order.
         """
+        self._pictures = list(Observation.concatenate(seen).rows) if seen else []
+        self._cameras = tuple(cameras)
         self._starts = np.cumsum([0, *(len(block) for block in blocks)])
         self._columns: dict[Any, list[Tensor]] = {}
         for key in ("context", "batch"):
@@ -44,6 +54,9 @@ class Rounds:
             if name[: len(path)] == path:
                 # By views of the rows: to index a tensor of images takes longer on a CPU.
                 found[name] = torch.stack([column[block][place] for block, place in places])
+        if self._pictures and IMAGES[: len(path)] == path:
+            images = stack_views([self._pictures[number] for number in numbers.tolist()], self._cameras)
+            found[IMAGES] = torch.from_numpy(images)
         return found
 
     def without(self, key: str) -> "Rounds":
@@ -51,6 +64,7 @@ class Rounds:
         rest = Rounds.__new__(Rounds)
         rest._starts = self._starts
         rest._columns = {name: column for name, column in self._columns.items() if name[0] != key}
+        rest._pictures, rest._cameras = ([], ()) if key == IMAGES[0] else (self._pictures, self._cameras)
         return rest
 
     def __contains__(self, key: str) -> bool:
@@ -59,7 +73,8 @@ class Rounds:
     @property
     def nbytes(self) -> int:
         """Of all rows."""
-        return sum(tensor.nbytes for column in self._columns.values() for tensor in column)
+        images = sum(int(seen.images[name][i].nbytes) for seen, i in self._pictures for name in self._cameras)
+        return images + sum(tensor.nbytes for column in self._columns.values() for tensor in column)
 
 
 def refer(rollout: TensorDict, rounds: Rounds, rows: Int[Tensor, "..."]) -> None:

@@ -174,7 +174,7 @@ class Observation:
         return images[0][:, None] if own else np.stack(images, axis=1)
 
     @staticmethod
-    def concatenate(parts: Sequence[Observation]) -> Observation:
+    def concatenate(parts: Sequence[Observation]) -> Scattered:
         """All rows in one; nothing is copied before somebody looks (`Scattered`)."""
         return Scattered([(part, i) for part in parts for i in range(len(part))])
 
@@ -212,8 +212,7 @@ class Scattered(Observation):
     def views(self, cameras: Sequence[str]) -> UInt8[np.ndarray, "B views h w 3"]:
         if self._single is not None:
             return self._single.views(cameras)
-        images = np.stack([seen.images[name][i] for seen, i in self.rows for name in cameras])
-        return images.reshape(len(self), len(cameras), *images.shape[1:])
+        return stack_views(self.rows, cameras)
 
     @cached_property
     def _single(self) -> Observation | None:
@@ -221,6 +220,12 @@ class Scattered(Observation):
         first = self.rows[0][0]
         whole = len(self) == len(first) and all(seen is first and i == at for at, (seen, i) in enumerate(self.rows))
         return first if whole else None
+
+
+def stack_views(rows: Sequence[tuple[Observation, int]], cameras: Sequence[str]) -> UInt8[np.ndarray, "B views h w 3"]:
+    """A copy of the images of some rows of observations, of cameras in this order."""
+    images = np.stack([seen.images[name][i] for seen, i in rows for name in cameras])
+    return images.reshape(len(rows), len(cameras), *images.shape[1:])
 
 
 @dataclass(frozen=True)
@@ -333,6 +338,26 @@ class Timed(Protocol):
 
     render_s: float
     """Seconds spent rendering what the policy sees, so far."""
+
+
+@runtime_checkable
+class DrawsInto(Protocol):
+    """A world that draws into memory it is given, so that a picture leaves the renderer's buffer in one copy."""
+
+    room: dict[str, UInt8[np.ndarray, "B h w 3"]] | None
+    """For the next `VecEnv.reset` or `VecEnv.step_chunk`, as many rows as it names slots; None: the world's own."""
+
+
+def black_images(
+    cameras: Sequence[Camera], rows: int, room: dict[str, np.ndarray] | None = None
+) -> dict[str, UInt8[np.ndarray, "rows h w 3"]]:
+    """Images of each camera to draw into; in ``room`` if there is some."""
+    if room is None:
+        return {c.name: np.zeros((rows, c.height, c.width, 3), dtype=np.uint8) for c in cameras}
+    for camera in cameras:
+        assert len(room[camera.name]) == rows
+        room[camera.name].fill(0)
+    return dict(room)
 
 
 @runtime_checkable

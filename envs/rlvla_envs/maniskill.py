@@ -21,6 +21,7 @@ from rlvla_envs.base import (
     EnvSpec,
     Observation,
     SuiteConfig,
+    black_images,
 )
 from rlvla_envs.common import check_options, record_expert
 from rlvla_envs.maniskill_common import renew_physics, require_maniskill
@@ -80,6 +81,7 @@ class ManiSkillEnv:
         self._over = np.ones(num_envs, dtype=np.bool_)
         self._max_steps = config.max_episode_steps
         self.render_s = 0.0
+        self.room: dict[str, np.ndarray] | None = None
         first = self._envs[0]
         self.spec = EnvSpec(
             suite=config.name,
@@ -106,14 +108,14 @@ class ManiSkillEnv:
                 env.reset(seed=int(state))
             self._elapsed[slot] = 0
             self._over[slot] = False
-        images, states = self._black(len(slots)), []
+        images, states = black_images(self.spec.cameras, len(slots), self.room), []
         for row, slot in enumerate(slots):
             self._draw(slot, {name: image[row] for name, image in images.items()})
             states.append(self._state(self._envs[slot])[0])
         return Observation(images, [self._instruction] * len(slots), np.stack(states))
 
     def step_chunk(self, slots: Sequence[int], actions: np.ndarray) -> ChunkResult:
-        images = self._black(len(slots))
+        images = black_images(self.spec.cameras, len(slots), self.room)
         ends = [
             self._step_one(slot, chunk, {name: image[row] for name, image in images.items()})
             for row, (slot, chunk) in enumerate(zip(slots, actions, strict=True))
@@ -172,9 +174,6 @@ class ManiSkillEnv:
         if not terminated:
             self._draw(slot, images)
         return self._state(env)[0], terminated, truncated, success, executed
-
-    def _black(self, number: int) -> dict[str, np.ndarray]:
-        return {c.name: np.zeros((number, c.height, c.width, 3), dtype=np.uint8) for c in self.spec.cameras}
 
     def _draw(self, slot: int, images: dict[str, np.ndarray]) -> None:
         """What a slot shows, into an image [h w 3] of each camera."""

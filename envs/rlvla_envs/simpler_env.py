@@ -7,7 +7,7 @@ docs/how-to/simpler_env.md says what a user has to know.
 
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -20,6 +20,7 @@ from rlvla_envs.base import (
     EnvSpec,
     Observation,
     SuiteConfig,
+    black_images,
 )
 from rlvla_envs.common import check_options, record_expert
 from rlvla_envs.maniskill_common import require_maniskill
@@ -107,6 +108,7 @@ class SimplerEnv:
         notes = prepare_assets(config.options.get("assets"), self._tasks)
         self.num_envs = num_envs
         self.render_s = 0.0
+        self.room: dict[str, np.ndarray] | None = None
         self._instruction = config.instruction
         self._render_every_step = bool(config.options.get("render_every_step", False))
         backend = config.options.get("sim_backend", "physx_cpu")
@@ -164,11 +166,19 @@ class SimplerEnv:
         else:
             for slot, state, task in zip(slots, states, tasks, strict=True):
                 self._start([slot], [state], task)
-        return self._observe(slots)
+        return self._observe(slots, black_images(self.spec.cameras, len(slots), self.room))
 
     def step_chunk(self, slots: Sequence[int], actions: np.ndarray) -> ChunkResult:
-        groups = [list(range(len(slots)))] if self.group_size > 1 else [[i] for i in range(len(slots))]
-        return ChunkResult.concatenate([self._step([slots[i] for i in rows], actions[rows]) for rows in groups])
+        size = len(slots) if self.group_size > 1 else 1
+        images = black_images(self.spec.cameras, len(slots), self.room)
+        whole = ChunkResult.concatenate(
+            [
+                self._step(slots[i : i + size], actions[i : i + size], {CAMERA: images[CAMERA][i : i + size]})
+                for i in range(0, len(slots), size)
+            ]
+        )
+        told = whole.observation
+        return replace(whole, observation=Observation(images, told.instruction, told.state))
 
     def close(self) -> None:
         used = {slot.twin for slot in self._slots if slot.twin is not None}
@@ -227,8 +237,8 @@ class SimplerEnv:
             f"{twin.task.name}: nothing came to rest in {MAX_DRAWS} draws of training state {fallen[0][1]}."
         )
 
-    def _step(self, numbers: Sequence[int], chunks: np.ndarray) -> ChunkResult:
-        """Run a chunk in slots of one simulation, until the last of them ends."""
+    def _step(self, numbers: Sequence[int], chunks: np.ndarray, images: dict[str, np.ndarray]) -> ChunkResult:
+        """Run a chunk in slots of one simulation, until the last of them ends, and draw into ``images``."""
         slots = [self._slots[number] for number in numbers]
         for number, slot in zip(numbers, slots, strict=True):
             if slot.over:
@@ -261,7 +271,7 @@ class SimplerEnv:
                 twin.picture()
         over = np.array([slot.over for slot in slots])
         return ChunkResult(
-            observation=self._observe(numbers, blank=bool(success.all())),
+            observation=self._observe(numbers, images, blank=bool(success.all())),
             reward=success.astype(np.float32),
             terminated=success,
             truncated=over & ~success,
@@ -274,10 +284,9 @@ class SimplerEnv:
             },
         )
 
-    def _observe(self, numbers: Sequence[int], *, blank: bool = False) -> Observation:
-        """What the slots see, or black pictures: a picture costs more than the physics of a chunk."""
-        camera = self.spec.cameras[0]
-        images = np.zeros((len(numbers), camera.height, camera.width, 3), dtype=np.uint8)
+    def _observe(self, numbers: Sequence[int], images: dict[str, np.ndarray], *, blank: bool = False) -> Observation:
+        """What the slots see, drawn into black ``images`` unless they stay so: a picture costs more than the physics of
+        a chunk."""
         state = np.zeros((len(numbers), NUM_JOINTS), dtype=np.float32)
         pictures: dict[int, np.ndarray] = {}
         for i, number in enumerate(numbers):
@@ -287,10 +296,11 @@ class SimplerEnv:
                     began = time.perf_counter()
                     pictures[id(twin)] = twin.picture()
                     self.render_s += time.perf_counter() - began
-                images[i] = pictures[id(twin)][row]
+                # Out of the renderer's buffer before it is used again: this is the one copy.
+                images[CAMERA][i] = pictures[id(twin)][row]
             state[i] = twin.agent.robot.get_qpos()[row].cpu().numpy()
         told = [self._instruction or self._slots[number].twin.task.instruction for number in numbers]
-        return Observation({CAMERA: images}, told, state)
+        return Observation(images, told, state)
 
     # --- the pool of simulators
 

@@ -258,10 +258,12 @@ def twin_class() -> type:
         # --- pictures
 
         def picture(self) -> np.ndarray:
-            """What the policy sees: robot and objects over the photograph of the real scene, [B, h, w, 3]."""
-            picture = self._get_obs_sensor_data()[CAMERA]["rgb"]
-            # The renderer reuses its buffer for the next picture: copy.
-            return np.array(picture.cpu().numpy())
+            """What the policy sees: robot and objects over the photograph of the real scene, [B, h, w, 3].
+
+            It may be the renderer's own buffer, which the next picture overwrites.
+            """
+            picture: np.ndarray = self._get_obs_sensor_data()[CAMERA]["rgb"].cpu().numpy()
+            return picture
 
         def film(self) -> np.ndarray:
             self.scene.update_render(update_sensors=False, update_human_render_cameras=True)

@@ -116,6 +116,10 @@ class ChunkPolicy(Protocol):
         """Images, prompt and state as tensors with batch size [B], on the CPU."""
         ...
 
+    def camera_order(self) -> list[str]:
+        """Names of the suite's cameras in the order in which ``batch["images"]`` [B views h w 3] has them."""
+        ...
+
     def context_length(self, instruction: str) -> int:
         """Tokens of an instruction's context, padding included. Only rows of one length are sampled together:
         beside a longer row a decision's last bits would be others."""

@@ -75,6 +75,10 @@ class Policy(nn.Module):
         mask[: env_spec.chunk_size, : env_spec.action_size] = stats.active
         return torch.from_numpy(mask)
 
+    def camera_order(self) -> list[str]:
+        """Of ``batch["images"]``: what ``config.cameras`` names, where an architecture has it, else the suite's own."""
+        return list(getattr(self.config, "cameras", ())) or [camera.name for camera in self.env_spec.cameras]
+
     # --- embodiments
 
     @property

@@ -271,12 +271,11 @@ class PrefixPolicy(PolicyWithFlow):
         for row, tokens in enumerate(texts):
             ids[row, : len(tokens)] = torch.tensor(tokens)
             mask[row, : len(tokens)] = True
-        cameras = self.config.cameras or [camera.name for camera in self.env_spec.cameras]
         return TensorDict(
             {
                 "input_ids": ids,
                 "mask": mask,
-                "images": camera_views(observation, cameras),
+                "images": camera_views(observation, self.camera_order()),
                 "state": torch.from_numpy(self.pad_state(state)),
             },
             batch_size=[batch],

@@ -94,8 +94,7 @@ class PromptedPolicy(Policy):
         """Right-padded prompts, positions and images; raises as `context_length` does."""
         length = max(self.context_length(text) for text in observation.instruction)
         batch = self._collate([self.prompt(text) for text in observation.instruction], observation, length)
-        cameras = self.cameras or [camera.name for camera in self.env_spec.cameras]
-        batch["images"] = camera_views(observation, cameras)
+        batch["images"] = camera_views(observation, self.camera_order())
         return batch
 
     def collate_text(self, observation: Observation, num_actions: Sequence[int]) -> TensorDict:
@@ -170,12 +169,6 @@ class PromptedPolicy(Policy):
         option."""
         sizes: tuple[int, ...] = getattr(self.config, "image_sizes", ())
         return sizes
-
-    @property
-    def cameras(self) -> tuple[str, ...]:
-        """Their order in the prompt; empty is the suite's."""
-        names: tuple[str, ...] = getattr(self.config, "cameras", ())
-        return names
 
     def _patch_grid(self, camera: Camera) -> tuple[int, int]:
         """Rows and columns of patches that the backbone reads of a camera."""

@@ -4,9 +4,10 @@
 
 The toy in this process and in two Ray actors, with a policy that reads its images again in every epoch: where contexts
 are kept (the default, while the VLM is frozen) no image goes further than the first pass. Episodes are equally long, so
-that all slots go in step, or end anywhere, so that slots that restart sit beside others. Two copies are the least: one
-out of the simulator into what is kept, one into the minibatch; over Ray three, with the one that crosses processes.
-Where slots go in step, what the simulator hands out is kept as it is. The last line is JSON.
+that all slots go in step, or end anywhere, so that slots that restart sit beside others. Two copies are the least over
+Ray: across processes into what is kept, and into the minibatch; in one process what the simulator hands out is kept.
+Where rows of several observations are decided together they are stacked for that pass alone, which is counted beside
+the way. The last line is JSON.
 """
 
 import argparse
@@ -25,13 +26,12 @@ from rlvla.acting import one_thread
 from rlvla.compose import compose
 from rlvla.config import AlgoConfig
 from rlvla.rounds import recall
+from rlvla.sheets import Sheet, Sheets
 from rlvla.workers import Finish, LocalEnvs, Round, open_envs
 
 SMOKE = ["--slots", "4", "--episodes", "6", "--epochs", "1", "--routes", "local"]
 ROUTES = {"local": "in this process", "ray": "over Ray"}
 TARGET = 2
-"""Over Ray it is missed by one: an image crosses processes in one copy, and leaves Ray's memory in another, as the rows
-of several actors are decided together (docs/adr/0041)."""
 LENGTHS = {"equal": "episodes in step", "unequal": "episodes of any length"}
 
 
@@ -54,13 +54,15 @@ def measure(arguments: argparse.Namespace) -> dict[str, Any]:
             for place, copies in found.places.items():
                 report.row(f"{where}: {place}", "copies of an image", [copies])
             report.row(f"{where}: once an epoch, into a minibatch", "copies of an image", [found.epoch])
+            report.row(f"{where}: beside the way, rows put together to decide", "copies of an image", [found.stacking])
             report.row(f"{where}: beside the way, to fill up blocks", "copies of an image", [found.filling])
             report.row(f"{where}: beside the epochs (first check, final KL)", "copies of an image", [found.beside])
             to_minibatch = sum(found.places.values()) + found.epoch
             report.claim(f"copies from simulator to minibatch, {where}", [to_minibatch], most=TARGET)
     report.note(
-        "Counted from the array that the world hands out. ManiSkill's has been copied once before, out of the "
-        "renderer's buffer, which the next picture overwrites."
+        "Counted from the array that the toy draws in. ManiSkill and SimplerEnv draw in a buffer that the next picture "
+        "overwrites: in this process a picture is copied out of it into what is kept. Over Ray it is copied out of it "
+        "into the memory that is shared, which is the same one copy."
     )
     report.note(f"What one copy costs: {1e6 * seconds_of_a_copy():.1f} us for an image of 64 pixels.")
     return report.finish()
@@ -72,6 +74,9 @@ class Found(NamedTuple):
     places: dict[str, float]
     """On the way to what minibatches are taken from."""
     epoch: float
+    stacking: float
+    """Rows of several observations, for the pass that decides alone; where what is kept is such a copy it is on the
+    way."""
     filling: float
     """Rows of blocks that are not full, for the pass alone."""
     beside: float
@@ -88,13 +93,23 @@ def count(route: str, lengths: str, slots: int, episodes: int, epochs: int) -> F
     envs.close()
     images = images_of(rollout)
     if route == "ray":
-        copies = Counter({"Ray: into the reply that crosses processes": images}) + copies
+        copies = Counter({"by the simulator's process, into memory that is shared": images}) + copies
+    kept_in_place = bool(rollout["rounds"]._pictures)
+    stacking = copies.pop("rlvla/policies/prompted.py: collate", 0) if kept_in_place else 0
     filling = copies.pop("rlvla/acting.py: _filled", 0)
     with counting_copies() as learnt:
         iteration.update(rollout)
     epoch = learnt.pop("rlvla/learner.py: _descend")
     places = {place: amount / images for place, amount in copies.items()}
-    return Found(places, epoch / epochs / images, filling / images, learnt.total() / images)
+    return Found(places, epoch / epochs / images, stacking / images, filling / images, learnt.total() / images)
+
+
+class FollowedSheets(Sheets):
+    """Sheets whose pictures are followed from where another process has written them."""
+
+    def take(self) -> Sheet:
+        sheet = super().take()
+        return Sheet(sheet.number, {name: image.view(Followed) for name, image in sheet.images.items()})
 
 
 class Wandering:
@@ -139,15 +154,14 @@ def followed(route: str, slots: int) -> Any:
     class FollowedRayEnvs(RayEnvs):
         def _answer(self, call: Any) -> Any:
             reply = super()._answer(call)
-            if not isinstance(reply, dict):
-                return reply
-            return {
-                name: value.view(Followed) if "images/" in name and isinstance(value, np.ndarray) else value
-                for name, value in reply.items()
-            }
+            if isinstance(reply, dict) and any("images/" in name for name in reply):
+                raise RuntimeError("a reply carries pictures: the simulators do not reach this process's memory.")
+            return reply
 
     config.workers.envs_per_actor = slots // 2
-    return FollowedRayEnvs(config.suite, config.workers, config.cluster, 2)
+    followed_envs = FollowedRayEnvs(config.suite, config.workers, config.cluster, 2)
+    followed_envs._sheets = FollowedSheets(followed_envs.spec.cameras, slots)
+    return followed_envs
 
 
 if __name__ == "__main__":

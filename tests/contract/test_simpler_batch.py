@@ -52,7 +52,7 @@ class SideBySide:
         return Situation(*fields, contacts=contacts)
 
     def picture(self) -> np.ndarray:
-        return np.concatenate([twin.picture() for twin in self.twins])
+        return np.concatenate([twin.picture().copy() for twin in self.twins])
 
     def film(self) -> np.ndarray:
         return np.concatenate([twin.film() for twin in self.twins])

@@ -15,6 +15,7 @@ from rlvla_envs.base import (
     FIRST_TRAINING_STATE,
     ChunkResult,
     Demonstrator,
+    DrawsInto,
     EnvSpec,
     Filmable,
     Observation,
@@ -180,6 +181,23 @@ def test_an_earlier_observation_keeps_its_pixels(world: VecEnv) -> None:
         world.step_chunk([0], chunk[None])
     world.reset([0], [12])
     assert_equal(first, Observation(kept, first.instruction, state))
+
+
+def test_a_world_that_draws_where_it_is_told_to_draws_the_same_there(world: VecEnv) -> None:
+    if not isinstance(world, DrawsInto):
+        pytest.skip(f"{world.spec.suite} hands out arrays of its own")
+    chunks = random_chunks(world, 2)
+    own = [world.reset([0, 2], [3, 4]), world.step_chunk([0, 2], chunks).observation]
+    drawn = []
+    for play in (lambda: world.reset([0, 2], [3, 4]), lambda: world.step_chunk([0, 2], chunks).observation):
+        # What was there before shows nowhere.
+        world.room = {c.name: np.full((2, c.height, c.width, 3), 77, np.uint8) for c in world.spec.cameras}
+        drawn.append(play())
+        for name, image in drawn[-1].images.items():
+            assert np.shares_memory(image, world.room[name]), name
+    world.room = None
+    for one, other in zip(own, drawn, strict=True):
+        assert_equal(one, other)
 
 
 # --- equal initial states

@@ -1,6 +1,7 @@
 """Simulators die, crash and hang, and the rollout has the bits it would have had."""
 
 import dataclasses
+import gc
 import os
 import signal
 import time
@@ -27,6 +28,7 @@ from rlvla.rollout import play
 from rlvla.rounds import recall
 from rlvla.samplers import training_sampler
 from rlvla.seeding import seed_torch, training_state
+from rlvla.sheets import Sheet
 from rlvla.workers import Envs, open_envs, wants_spare
 from rlvla_envs.base import SuiteConfig
 
@@ -41,10 +43,10 @@ def fragile(fault: Callable[[int, int], None]) -> type[RayEnvs]:
     class FragileHost(SimulatorHost):
         episodes: dict[int, list[int]] = {}  # noqa: RUF012  (one process has one host)
 
-        def advance(self, request: Any) -> Any:
+        def advance(self, request: Any, pictures: Any = None) -> Any:
             for slot in request["chunk_slots"].tolist():
                 self._hurt(slot)
-            reply = super().advance(request)
+            reply = super().advance(request, pictures)
             for slot, state in zip(request["restart_slots"].tolist(), request["restart_states"].tolist(), strict=True):
                 self.episodes[slot] = [state, 0]
             return reply
@@ -191,6 +193,49 @@ def test_a_rollout_whose_simulators_were_lost_has_the_bits_of_one_that_lost_none
         assert fault.said in incident.why
         with capsys.disabled():
             print(f"\n{fault.signal.name}, {'a' if spare else 'no'} spare: {incident}")
+
+
+def pictures_of(envs: Envs) -> dict[tuple[int, int], bytes]:
+    """What was seen at each decision of some episodes of the toy."""
+    seen: dict[tuple[int, int], bytes] = {}
+
+    def decide(observation: Any, episode: np.ndarray, decision: np.ndarray) -> np.ndarray:
+        for row, key in enumerate(zip(episode.tolist(), decision.tolist(), strict=True)):
+            seen[key] = observation.images["top"][row].tobytes()
+        # Towards the wall at any speed, so that episodes end at any time and restart beside others that go on.
+        speeds = np.array([np.random.default_rng(int(e)).uniform(0.1, 0.4) for e in episode], dtype=np.float32)
+        shape = (len(episode), envs.spec.chunk_size, envs.spec.action_size)
+        return np.broadcast_to(speeds[:, None, None], shape)
+
+    for _ in play(envs, STATES, decide):
+        pass
+    return seen
+
+
+def test_pictures_are_those_of_the_episode_after_a_death_and_memory_that_the_dead_had_is_not_used_again(
+    tmp_path: Path,
+) -> None:
+    suite = compose("train", ["policy=x", "suite=toy"]).suite
+    local = open_envs(suite, dataclasses.replace(WORKERS, kind=WorkerKind.local))
+    expected = pictures_of(local)
+    envs = open_fragile(suite, once(tmp_path / "marker", {(STATES[1], 1): signal.SIGKILL}), timeout_s=60)
+    taken: list[int] = []
+    take = envs._sheets.take
+
+    def noted() -> Sheet:
+        taken.append((sheet := take()).number)
+        return sheet
+
+    envs._sheets.take = noted  # type: ignore[method-assign]
+    try:
+        assert pictures_of(envs) == expected
+        assert len(envs.take_incidents()) == 1
+        gc.collect()
+        # The sheet of the round in which it died. All others are free, and were used many times.
+        assert len(set(taken) - set(envs._sheets._free)) == 1
+        assert len(set(taken)) < len(taken) / 2
+    finally:
+        envs.close()
 
 
 @pytest.mark.simulator

@@ -10,10 +10,13 @@ import torch
 from rlvla import collect, sft, train
 from rlvla.acting import Actor
 from rlvla.compose import compose
+from rlvla.config import ClusterConfig
 from rlvla.evaluate import evaluate
+from rlvla.hosts import SimulatorHost
 from rlvla.learner import InvariantError, Learner
 from rlvla.policies.base import ValueHead
 from rlvla.policies.folder import load_policy
+from rlvla.ray_envs import RayEnvs
 from rlvla.rollout import collect as collect_rollout
 from rlvla.rounds import recall
 from rlvla.samplers import FlowSampler, training_sampler
@@ -51,7 +54,13 @@ def make_learner(policy_folder: Path) -> Learner:
 
 
 def make_rollout(
-    policy_folder: Path, envs: Envs, *, episodes: int = 24, value_final: bool = True, block: int = 8
+    policy_folder: Path,
+    envs: Envs,
+    *,
+    episodes: int = 24,
+    value_final: bool = True,
+    block: int = 8,
+    store_context: bool = True,
 ) -> tuple[Any, Learner]:
     """A rollout as `rlvla train` makes it, and the learner that would train on it."""
     learner = make_learner(policy_folder)
@@ -62,7 +71,7 @@ def make_rollout(
         [training_state(0, 9, i) for i in range(episodes)],
         sampler=learner.sampler,
         key=(0, 0),
-        store_context=True,
+        store_context=store_context,
         value_final=value_final,
     )
     train.add_advantages(rollout, learner.config)
@@ -137,6 +146,45 @@ def test_ray_rollouts_equal_in_process_rollouts_bit_for_bit(sft_policy: Path) ->
             envs.close()
     for rollout in rollouts[1:]:
         assert_equal_rollouts(rollouts[0], rollout)
+
+
+class FarHost(SimulatorHost):
+    """As on another machine: the learner's memory is out of reach."""
+
+    def __init__(self, *arguments: Any) -> None:
+        super().__init__(*arguments)
+        self._sought = True
+
+
+def test_pictures_go_where_the_learner_keeps_them_and_in_the_reply_from_where_that_is_out_of_reach(
+    sft_policy: Path,
+) -> None:
+    carried: list[bool] = []
+
+    class Overheard(RayEnvs):
+        def _answer(self, call: Any) -> Any:
+            answer = super()._answer(call)
+            if isinstance(answer, dict) and "seconds" in answer:
+                carried.append(any("images/" in name for name in answer))
+            return answer
+
+    class Far(Overheard):
+        host_class = FarHost
+
+    local = toy_envs("local", 1, 8)
+    expected, _ = make_rollout(sft_policy, local, store_context=False)
+    local.close()
+    config = compose("train", ["policy=x", "suite=toy", "workers.envs_per_actor=4"])
+    for kind, far in ((Overheard, False), (Far, True)):
+        envs = kind(config.suite, config.workers, ClusterConfig(), 2)
+        try:
+            rollout, _ = make_rollout(sft_policy, envs, store_context=False)
+        finally:
+            envs.close()
+        assert set(carried) == {far}
+        carried.clear()
+        assert_equal_rollouts(expected, rollout)
+        assert recall(rollout[rollout["valid"]])["batch", "images"].float().std() > 10
 
 
 def test_a_result_does_not_depend_on_how_many_environments_measure_it(sft_policy: Path) -> None:

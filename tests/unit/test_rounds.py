@@ -28,6 +28,27 @@ def test_rows_come_in_the_order_asked_from_whatever_block_they_are_in_padded_to_
     assert found["batch", "mask"].sum(dim=1).tolist() == [5, 1, 4, 4, 5]
 
 
+def test_images_may_stay_in_the_observations_that_the_blocks_were_made_from() -> None:
+    def bare(first: int, rows: int) -> TensorDict:
+        whole = block(first, rows, 3)
+        return TensorDict({"batch": whole["batch"].exclude("images")}, [rows])
+
+    one, other = observation(0, 3, cameras=2), observation(3, 2, cameras=2)
+    seen = [other, Scattered([(other, 1), (one, 0), (one, 2)])]
+    rounds = Rounds([bare(3, 2), bare(0, 3)], seen, ["camera 1", "camera 0"])
+    found = rounds.take(torch.tensor([4, 0, 2, 4]))
+    assert found["batch", "images"].shape == (4, 2, 2, 2, 3)
+    assert found["batch", "images"][..., 0, 0, 0].tolist() == [[102, 2], [103, 3], [104, 4], [102, 2]]
+    assert found["batch", "nested", "x"].tolist() == [2, 3, 0, 2]
+    assert set(rounds.take(torch.tensor([1]), "batch", "images")["batch"].keys()) == {"images"}
+    assert set(rounds.take(torch.tensor([1]), "context").keys()) == set()
+    found["batch", "images"].fill_(9)
+    assert rounds.take(torch.tensor([0]))["batch", "images"].max() == 103
+    # Of each of 5 rows two pictures of 12 bytes, 3 bytes of mask and 8 of x.
+    assert rounds.nbytes == 5 * (24 + 3 + 8)
+    assert set(rounds.without("batch").take(torch.tensor([1])).keys()) == set()
+
+
 def test_what_is_read_is_a_copy() -> None:
     rounds = Rounds([block(0, 2, 3)])
     rounds.take(torch.tensor([0, 1]))["batch", "images"].fill_(9)
