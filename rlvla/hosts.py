@@ -34,6 +34,8 @@ class Pictures(NamedTuple):
 
     address: Address
     sheet: int
+    rows: int
+    """Of the sheet, in this round."""
     restart_rows: np.ndarray
     """[R] of the request's restarts"""
     chunk_rows: np.ndarray
@@ -49,11 +51,12 @@ class Canvas:
 
     @contextmanager
     def under(self, env: VecEnv) -> Iterator[None]:
-        """Lets a world draw on it that can; rows that are not together it cannot be given."""
-        if self.sheet is None or not isinstance(env, DrawsInto) or self.rows[-1] + 1 - self.rows[0] != len(self.rows):
+        """Lets a world draw on it that can; it cannot be given rows that are not one after the other."""
+        first, behind = self.rows[0], self.rows[-1] + 1
+        if self.sheet is None or not isinstance(env, DrawsInto) or self.rows.tolist() != list(range(first, behind)):
             yield
             return
-        env.room = {name: image[self.rows[0] : self.rows[-1] + 1] for name, image in self.sheet.items()}
+        env.room = {name: image[first:behind] for name, image in self.sheet.items()}
         try:
             yield
         finally:
@@ -112,7 +115,7 @@ class SimulatorHost:
             return Canvas(), Canvas()
         if not self._sought:
             self._writer, self._sought = writer_at(pictures.address), True
-        sheet = None if self._writer is None else self._writer.images(pictures.sheet)
+        sheet = None if self._writer is None else self._writer.images(pictures.sheet, pictures.rows)
         return Canvas(sheet, pictures.restart_rows), Canvas(sheet, pictures.chunk_rows)
 
     def replay(self, slot: int, state: int, chunks: Sequence[np.ndarray]) -> Arrays:

@@ -279,11 +279,13 @@ def max_decisions(config: DoctorConfig) -> int:
 
 def rollout_bytes(config: DoctorConfig, size: Footprint) -> int:
     """One copy of what an iteration stores, every episode at its limit."""
-    stored = size.stored_inputs if trains_vlm(config) else size.stored_context
-    if config.algo.teacher.policy not in (None, START) and not trains_vlm(config):
-        # A teacher whose backbone is another reads the inputs itself. Whether it is, only its weights could tell.
-        stored += size.stored_inputs
-    return max_decisions(config) * stored
+    # A teacher whose backbone is another reads the inputs itself. Whether it is, only its weights could tell.
+    teacher_reads = config.algo.teacher.policy not in (None, START) and not trains_vlm(config)
+    contexts = 0 if trains_vlm(config) else size.stored_context
+    inputs = size.stored_inputs if trains_vlm(config) or teacher_reads else 0
+    # In the arrays that simulators hand out is also the picture that an episode ended with (`rlvla.rollout.collect`).
+    ends = config.episodes_per_iteration * size.picture if inputs else 0
+    return max_decisions(config) * (contexts + inputs) + ends
 
 
 def value_parameters(config: DoctorConfig, size: Footprint) -> int:

@@ -24,6 +24,7 @@ from rlvla.sheets import Sheet, Sheets, put
 from rlvla.workers import Finish, Reply, Round
 from rlvla_envs.base import ChunkResult, Demonstration, EnvSpec, Observation, SuiteConfig
 
+NOWHERE = Sheet(-1, {}, np.zeros(0, dtype=np.uint8))
 START_ATTEMPTS = 3
 SPARE_ANSWERS_S = 5.0
 """Longest that an idle spare may take to say that it lives."""
@@ -70,6 +71,13 @@ class _Parts:
 
     def add_result(self, rows: np.ndarray, result: ChunkResult) -> None:
         self.result.append((rows, replace(result, observation=self._told(rows, result.observation))))
+
+    def move_to(self, sheet: Sheet) -> None:
+        """Have all pictures on another sheet."""
+        for rows in [*(self.chunks + rows for rows, _ in self.first), *(rows for rows, _ in self.result)]:
+            for name, image in sheet.images.items():
+                image[rows] = self.sheet.images[name][rows]
+        self.sheet = sheet
 
     def _told(self, rows: np.ndarray, seen: Observation) -> Observation:
         """All but the pictures. Those that were not written where they belong came with the reply."""
@@ -139,7 +147,7 @@ class RayEnvs:
     def begin(self, todo: Round) -> Finish:
         refused = np.array([self._restarts.quarantined(state) for state in todo.restart_states.tolist()], dtype=bool)
         shares = [share for share in self._shares(todo, refused) if share.work]
-        sheet = self._sheets.take()
+        sheet = self._sheets.take(len(todo.chunk_slots) + len(todo.restart_slots))
         calls = [self._advance(todo, share, sheet) for share in shares]
 
         def finish() -> Reply:
@@ -150,11 +158,14 @@ class RayEnvs:
                     self._take(parts, share, self._answer(call))
                 except HostGoneError as why:
                     gone.append((share, str(why)))
-            if not gone:
-                self._sheets.settle(sheet)
+            if gone:
+                # Whoever did not answer may not be dead yet, and draw once more.
+                parts.move_to(self._sheets.take(sheet.rows))
+                self._sheets.abandon(sheet)
             # After the others: their work is done and must not wait in the object store behind a death.
             for share, reason in gone:
                 self._recover(parts, todo, share, reason)
+            self._sheets.settle(parts.sheet)
             return self._reply(parts, todo)
 
         return finish
@@ -175,8 +186,8 @@ class RayEnvs:
         }
 
     def _advance(self, todo: Round, share: _Share, sheet: Sheet) -> _Call:
-        address, behind = self._sheets.address, len(todo.chunk_slots)
-        pictures = address and Pictures(address, sheet.number, behind + share.restart_rows, share.chunk_rows)
+        address, restart_rows = self._sheets.address, len(todo.chunk_slots) + share.restart_rows
+        pictures = address and Pictures(address, sheet.number, sheet.rows, restart_rows, share.chunk_rows)
         request = self._request(todo, share)
         return self._call(share.worker, "advance", request, pictures, work=share.work, doing="running a chunk")
 
@@ -400,7 +411,7 @@ class RayEnvs:
                 return self._answer(call)
             except HostGoneError as why:
                 todo = Round(nothing, nothing, nothing, np.zeros((0, 1, 1), dtype=np.float32))
-                self._recover(_Parts(Sheet(-1, {}), 0), todo, _Share(worker, nothing, nothing), str(why))
+                self._recover(_Parts(NOWHERE, 0), todo, _Share(worker, nothing, nothing), str(why))
                 call = again(worker, *arguments)
         try:
             return self._answer(call)

@@ -27,6 +27,8 @@ FIRST_SEGMENT = 16
 """Sheets in the first segment. Each later one is twice as large as all before, so that a few mappings, each of which
 costs a file descriptor, hold any number of rounds. Memory is taken when it is written to."""
 TOKEN_BYTES = 16
+NAME = "rlvla pictures"
+"""What /proc shows of the memory."""
 
 
 class Address(NamedTuple):
@@ -35,7 +37,7 @@ class Address(NamedTuple):
     pid: int
     fd: int
     token: bytes
-    """What its first bytes are: a process of that number on another machine has something else there, or nothing."""
+    """What its first bytes are: a process of that number may be of another run on another machine."""
     rows: int
     """Of a sheet."""
     cameras: tuple[tuple[str, int, int], ...]
@@ -55,22 +57,33 @@ class _Mapped:
         self._fd, self._address = fd, address
         self._segments: dict[int, mmap.mmap] = {}
 
-    def sheet(self, number: int) -> dict[str, np.ndarray]:
-        """The arrays of a sheet, views of one that nothing else has."""
-        address = self._address
+    def sheet(self, number: int, rows: int) -> "Sheet":
+        """The first ``rows`` rows' worth of a sheet's memory."""
+        memory, start = self._place(number)
+        pixels = sum(height * width for _, height, width in self._address.cameras)
+        whole = np.frombuffer(memory, np.uint8, rows * pixels * 3, start)
+        images: Images = {}
+        at = 0
+        for name, height, width in self._address.cameras:
+            end = at + rows * height * width * 3
+            images[name] = whole[at:end].reshape(rows, height, width, 3)
+            at = end
+        return Sheet(number, images, whole)
+
+    def give_back(self, number: int, begin: int = 0) -> None:
+        """Let the kernel have a sheet's memory from some byte on; it is black when it is read again."""
+        memory, start = self._place(number)
+        begin = -(-begin // PAGE) * PAGE
+        if begin < self._address.sheet_bytes:
+            memory.madvise(mmap.MADV_REMOVE, start + begin, self._address.sheet_bytes - begin)
+
+    def _place(self, number: int) -> tuple[mmap.mmap, int]:
+        """The mapping that a sheet is in, and where it begins there."""
+        size = self._address.sheet_bytes
         segment, first = segment_of(number)
         if segment not in self._segments:
-            length, offset = _size(segment) * address.sheet_bytes, PAGE + first * address.sheet_bytes
-            self._segments[segment] = mmap.mmap(self._fd, length, offset=offset)
-        start = (number - first) * address.sheet_bytes
-        whole = np.frombuffer(self._segments[segment], np.uint8, address.sheet_bytes, start)
-        images: dict[str, np.ndarray] = {}
-        at = 0
-        for name, height, width in address.cameras:
-            end = at + address.rows * height * width * 3
-            images[name] = whole[at:end].reshape(address.rows, height, width, 3)
-            at = end
-        return images
+            self._segments[segment] = mmap.mmap(self._fd, _size(segment) * size, offset=PAGE + first * size)
+        return self._segments[segment], (number - first) * size
 
 
 def segment_of(number: int) -> tuple[int, int]:
@@ -88,14 +101,23 @@ class Sheet(NamedTuple):
 
     number: int
     images: Images
+    memory: np.ndarray
+    """What the images are views of, and nothing else is."""
 
-    def part(self, rows: slice | np.ndarray) -> dict[str, np.ndarray]:
+    @property
+    def rows(self) -> int:
+        return len(next(iter(self.images.values()), ()))
+
+    def part(self, rows: slice | np.ndarray) -> Images:
         """A view where rows are a slice, else a copy."""
         return {name: image[rows] for name, image in self.images.items()}
 
 
 class Sheets:
-    """The learner's side: sheets for rounds, used again when nobody holds their arrays any more."""
+    """The learner's side: sheets for rounds, used again when nobody holds their arrays any more.
+
+    One thread takes and settles; arrays may come to their end in any.
+    """
 
     def __init__(self, cameras: Sequence[Camera], rows: int) -> None:
         """
@@ -104,44 +126,56 @@ class Sheets:
         """
         layout = tuple((camera.name, camera.height, camera.width) for camera in cameras)
         self._address = Address(os.getpid(), -1, secrets.token_bytes(TOKEN_BYTES), rows, layout)
-        self._count = 0
+        self._written: list[int] = []
+        """Bytes of each sheet that have memory, at most."""
         self._free: list[int] = []
         self._mapped: _Mapped | None = None
         if sys.platform == "linux" and self._address.sheet_bytes:
-            self._address = self._address._replace(fd=os.memfd_create("rlvla pictures", os.MFD_CLOEXEC))
-            os.write(self._address.fd, self._address.token)
-            self._mapped = _Mapped(self._address.fd, self._address)
+            # A system that forbids it has replies.
+            with suppress(OSError):
+                self._address = self._address._replace(fd=os.memfd_create(NAME, os.MFD_CLOEXEC))
+                os.write(self._address.fd, self._address.token)
+                self._mapped = _Mapped(self._address.fd, self._address)
 
     @property
     def address(self) -> Address | None:
         """None where this system cannot share memory so."""
         return self._address if self._mapped else None
 
-    def take(self) -> Sheet:
-        """A sheet that nobody uses, with whatever was on it before."""
-        if self._mapped is None:
-            rows, cameras = self._address.rows, self._address.cameras
-            return Sheet(-1, {name: np.empty((rows, h, w, 3), np.uint8) for name, h, w in cameras})
-        # Taken and given back by several threads; each of these calls is atomic.
-        try:
-            number = self._free.pop()
-        except IndexError:
-            number, self._count = self._count, self._count + 1
-            segment, first = segment_of(number)
-            os.ftruncate(self._address.fd, PAGE + (first + _size(segment)) * self._address.sheet_bytes)
-        return Sheet(number, self._mapped.sheet(number))
+    def take(self, rows: int) -> Sheet:
+        """A sheet that nobody uses, with whatever was on it before.
 
-    def settle(self, sheet: Sheet) -> None:
-        """Say that everybody who was to write has answered.
-
-        When the sheet's arrays and all views of them are gone it is used again. One that is never settled is not:
-        whoever did not answer might write yet.
+        Args:
+            rows: of it that are needed.
         """
         if self._mapped is None:
-            return
-        whole = next(iter(sheet.images.values())).base
-        assert whole is not None
-        weakref.finalize(whole, self._free.append, sheet.number).atexit = False
+            cameras = self._address.cameras
+            images = {name: np.empty((rows, h, w, 3), np.uint8) for name, h, w in cameras}
+            return Sheet(-1, images, np.zeros(0, np.uint8))
+        if self._free:
+            number = self._free.pop()
+        else:
+            number = len(self._written)
+            self._written.append(0)
+            segment, first = segment_of(number)
+            os.ftruncate(self._address.fd, PAGE + (first + _size(segment)) * self._address.sheet_bytes)
+        sheet = self._mapped.sheet(number, rows)
+        if self._written[number] > sheet.memory.nbytes:
+            # Else each sheet would sooner or later have the memory of the largest round.
+            self._mapped.give_back(number, sheet.memory.nbytes)
+        self._written[number] = sheet.memory.nbytes
+        return sheet
+
+    def settle(self, sheet: Sheet) -> None:
+        """Say that everybody who was to write has answered: it is used again when its arrays and all views of them are
+        gone."""
+        if self._mapped is not None:
+            weakref.finalize(sheet.memory, self._free.append, sheet.number).atexit = False
+
+    def abandon(self, sheet: Sheet) -> None:
+        """Say that somebody did not answer, and might write yet: its memory is given back and it is not used again."""
+        if self._mapped is not None:
+            weakref.finalize(sheet.memory, self._mapped.give_back, sheet.number).atexit = False
 
     def close(self) -> None:
         """Arrays that are still held stay what they are."""
@@ -158,18 +192,22 @@ class SheetWriter:
         Raises:
             OSError: the memory is not within reach.
         """
-        fd = os.open(f"/proc/{address.pid}/fd/{address.fd}", os.O_RDWR | os.O_CLOEXEC)
+        path = f"/proc/{address.pid}/fd/{address.fd}"
+        # Before it is opened: on another machine it may be a terminal or a device, to which that does something.
+        if not os.readlink(path).startswith(f"/memfd:{NAME}"):
+            raise OSError(f"{path} is something else here.")
+        fd = os.open(path, os.O_RDWR | os.O_CLOEXEC)
         try:
             if os.pread(fd, TOKEN_BYTES, 0) != address.token:
-                raise OSError(f"what process {address.pid} has open as {address.fd} here is something else.")
+                raise OSError(f"{path} is of another run here.")
         except BaseException:
             os.close(fd)
             raise
         self._mapped = _Mapped(fd, address)
 
-    def images(self, number: int) -> Images:
-        """Of a sheet."""
-        return self._mapped.sheet(number)
+    def images(self, number: int, rows: int) -> Images:
+        """Of a sheet that was taken for so many rows."""
+        return self._mapped.sheet(number, rows).images
 
 
 def put(sheet: Images, rows: np.ndarray, seen: Observation) -> None:
@@ -191,6 +229,7 @@ def put(sheet: Images, rows: np.ndarray, seen: Observation) -> None:
             raise ValueError(
                 f"camera {name!r} {found}; the suite announced uint8 {expected}. Its EnvSpec or its pictures are wrong."
             )
+        # A world that was given rows drew in their order: `rlvla.hosts.Canvas.under` gives it no others.
         if not np.may_share_memory(room, image):
             room[rows] = image
 

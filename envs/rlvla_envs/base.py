@@ -184,7 +184,7 @@ class Scattered(Observation):
 
     So rows that meet on their way, from one process or another, first or later ones of their episodes, are copied once,
     when all of them are together. Rows that are all of one observation, in their order, are in its memory, unless that
-    is not to be written to: it is then another process's, which wants it back.
+    is not to be written to.
     """
 
     def __init__(self, rows: Sequence[tuple[Observation, int]]) -> None:

@@ -117,7 +117,11 @@ class ChunkPolicy(Protocol):
         ...
 
     def camera_order(self) -> list[str]:
-        """Names of the suite's cameras in the order in which ``batch["images"]`` [B views h w 3] has them."""
+        """Names of the suite's cameras in the order in which ``batch["images"]`` [B views h w 3] has them.
+
+        These are the pixels of `Observation.views`, as they are: a rollout keeps the simulators' own arrays and not the
+        batch, so a crop made in `collate` would be made for deciding and not for learning. `encode` is the place.
+        """
         ...
 
     def context_length(self, instruction: str) -> int:

@@ -57,6 +57,8 @@ class Footprint:
     expert_adapters: int = 0
     stored_beside: int = 0
     """Of one stored decision, beside its context or inputs; in both of the above as well."""
+    picture: int = 0
+    """Of all images of one decision; in ``stored_inputs`` as well."""
     rounded_weights: int = 0
     """Of the copies in bfloat16 of what is trained in fp32, while a pass runs."""
 
@@ -159,6 +161,7 @@ def footprint(policy: QwenVLA, tokens: int, compute: ComputeConfig | None = None
         stored_context=stored_context,
         stored_inputs=stored_inputs,
         stored_beside=stored_beside,
+        picture=_picture(policy.env_spec),
         # Half the last block more for what is before and behind the blocks, and for gradients on their way back: they
         # are in that block when most is held.
         expert_activations=expert_kept + last // 2,
@@ -182,12 +185,15 @@ def _stored(policy: QwenVLA, tokens: int) -> tuple[int, int, int]:
     element = 2 if policy.precision is Precision.bf16 else pooled
     mask, index = tokens, 8 * tokens
     context = width * (element * tokens + pooled) + mask + 3 * index + state
-    pixels = sum(3 * camera.height * camera.width for camera in spec.cameras)
-    inputs = 2 * index + mask + 3 * index + pixels + state
+    inputs = 2 * index + mask + 3 * index + _picture(spec) + state
     # before, after, mean, log_prob and the mask; step, executed_steps, initial_state, version, row; valid and four
     # outcomes; reward, two values, advantage and value_target.
     beside = (4 * 4 + 1) * entries + 5 * 8 + 5 + 5 * 4
     return context + beside, inputs + beside, beside
+
+
+def _picture(spec: EnvSpec) -> int:
+    return sum(3 * camera.height * camera.width for camera in spec.cameras)
 
 
 def _expert_block(policy: QwenVLA, tokens: int, wanted: int | None = None) -> int:

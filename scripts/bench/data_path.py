@@ -107,9 +107,9 @@ def count(route: str, lengths: str, slots: int, episodes: int, epochs: int) -> F
 class FollowedSheets(Sheets):
     """Sheets whose pictures are followed from where another process has written them."""
 
-    def take(self) -> Sheet:
-        sheet = super().take()
-        return Sheet(sheet.number, {name: image.view(Followed) for name, image in sheet.images.items()})
+    def take(self, rows: int) -> Sheet:
+        sheet = super().take(rows)
+        return sheet._replace(images={name: image.view(Followed) for name, image in sheet.images.items()})
 
 
 class Wandering:

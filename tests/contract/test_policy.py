@@ -297,6 +297,15 @@ def test_the_backbone_finds_every_image_token_it_is_told_of(
     assert batch["images"].dtype == torch.uint8
 
 
+def test_the_images_of_a_batch_are_the_suites_own_in_the_order_that_is_said(
+    policy: Policy, observe: Callable[..., Observation]
+) -> None:
+    seen = observe(3)
+    assert sorted(policy.camera_order()) == sorted(camera.name for camera in policy.env_spec.cameras)
+    # A rollout keeps the suite's arrays, and an update reads them instead of the batch.
+    assert np.array_equal(policy.collate(seen)["images"].numpy(), seen.views(policy.camera_order()))
+
+
 # --- padding
 
 

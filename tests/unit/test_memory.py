@@ -202,7 +202,8 @@ def test_the_stored_rollout_has_the_bytes_of_one_that_was_collected(
     assert rollout["rounds"].nbytes == int(rollout["valid"].sum()) * each
     # Planned for episodes that run to their limit; those that were played may all have ended before it.
     assert max_decisions(config) == EPISODES * longest
-    assert rollout_bytes(config, size) == EPISODES * longest * (each + size.stored_beside)
+    last = EPISODES * 3 * config.suite.image_size**2 * train_vlm
+    assert rollout_bytes(config, size) == EPISODES * longest * (each + size.stored_beside) + last
 
 
 @pytest.mark.parametrize("train_vlm", [False, True])
