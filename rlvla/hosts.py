@@ -52,11 +52,10 @@ class Canvas:
     @contextmanager
     def under(self, env: VecEnv) -> Iterator[None]:
         """Lets a world draw on it that can; it cannot be given rows that are not one after the other."""
-        first, behind = self.rows[0], self.rows[-1] + 1
-        if self.sheet is None or not isinstance(env, DrawsInto) or self.rows.tolist() != list(range(first, behind)):
+        if self.sheet is None or not isinstance(env, DrawsInto) or (np.diff(self.rows) != 1).any():
             yield
             return
-        env.room = {name: image[first:behind] for name, image in self.sheet.items()}
+        env.room = {name: image[self.rows[0] : self.rows[-1] + 1] for name, image in self.sheet.items()}
         try:
             yield
         finally:

@@ -106,6 +106,17 @@ def test_a_world_is_given_rows_that_lie_together_to_draw_on(rows: list[int], giv
     assert sheet.images["front"][rows, 0, 0, 0].tolist() == [105, 106]
 
 
+def test_without_a_canvas_pictures_stay_with_the_reply_and_a_world_draws_on_its_own() -> None:
+    class World:
+        room: dict[str, np.ndarray] | None = None
+
+    world: Any = World()
+    with Canvas().under(world):
+        assert world.room is None
+    drawn = seen(2)
+    assert Canvas().take(drawn) is drawn
+
+
 @linux
 @pytest.mark.parametrize("camera", [0, 1])
 def test_a_sheet_is_used_again_when_its_writers_have_answered_and_its_readers_are_gone(camera: int) -> None:
