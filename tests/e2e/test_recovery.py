@@ -443,6 +443,37 @@ def test_where_episodes_cannot_be_replayed_they_are_lost_and_the_rest_goes_on(to
     assert ended == [0, 1, 4, 5, 6, 7]
 
 
+def test_episodes_that_were_to_begin_when_their_simulator_died_begin_in_another_where_none_can_be_replayed(
+    toy: SuiteConfig, tmp_path: Path
+) -> None:
+    marker = tmp_path / "marker"
+
+    class DiesBeginning(SimulatorHost):
+        def advance(self, request: Any, pictures: Any = None) -> Any:
+            if len(request["restart_slots"]) and len(request["chunk_slots"]) and not marker.exists():
+                marker.touch()
+                os.kill(os.getpid(), signal.SIGKILL)
+            return super().advance(request, pictures)
+
+    class DyingEnvs(RayEnvs):
+        host_class = DiesBeginning
+
+    local = open_envs(toy, dataclasses.replace(WORKERS, kind=WorkerKind.local))
+    expected = pictures_of(local)
+    envs = DyingEnvs(toy, dataclasses.replace(WORKERS, timeout_s=60), ClusterConfig(), 2)
+    envs.spec = dataclasses.replace(envs.spec, deterministic=False)
+    try:
+        seen = pictures_of(envs)
+        (incident,) = envs.take_incidents()
+    finally:
+        envs.close()
+    # Of two slots one ran a chunk and one was to begin: one episode is cut off, and all others are whole.
+    assert incident.lost_episodes == 1
+    assert {episode for episode, _ in seen} == set(range(len(STATES)))
+    assert len({episode for episode, _ in set(expected) - set(seen)}) <= 1
+    assert seen == {key: expected[key] for key in seen}
+
+
 def test_one_that_is_killed_while_it_starts_is_started_again_and_one_that_always_dies_is_not(
     toy: SuiteConfig, tmp_path: Path
 ) -> None:
