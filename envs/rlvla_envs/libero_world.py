@@ -15,7 +15,7 @@ import numpy as np
 
 from rlvla_envs.common import quiet, turned
 from rlvla_envs.libero_tasks import Task, proprioception
-from rlvla_envs.mujoco_drawing import Gate, cured
+from rlvla_envs.mujoco_drawing import Gate, cured, make_current
 from rlvla_envs.slots import Look
 
 if TYPE_CHECKING:
@@ -74,7 +74,7 @@ class World:
         self.gates: list[Gate] = []
         for name in CAMERAS:
             observable = self._env.env._observables[name]
-            observable._sensor = Gate(observable._sensor, (size, size, 3))
+            observable._sensor = Gate(self._env, observable._sensor, (size, size, 3))
             self.gates.append(observable._sensor)
         self.seen: dict[str, Any] = {}
         """robosuite's last observations."""
@@ -101,10 +101,12 @@ class World:
 
     def film(self) -> UInt8[np.ndarray, "h w 3"]:
         """A picture for people."""
+        make_current(self._env)
         picture = self._env.sim.render(width=FILM_SIZE, height=FILM_SIZE, camera_name="agentview")
         return turned(picture)
 
     def close(self) -> None:
+        make_current(self._env)
         self._env.close()
 
     # --- what experts may know and policies may not
@@ -127,6 +129,7 @@ class World:
         for robot in self._env.robots:
             # A ramp towards the last command, which a reset forgets to start anew.
             robot.gripper.current_action = np.zeros(robot.gripper.dof)
+        make_current(self._env)
         with quiet():
             # Not the wrapper's reset, which tries again for ever whatever went wrong.
             _placed(self._env.env.reset, seed)

@@ -39,6 +39,20 @@ def cured(suite: str, home: str) -> Iterator[None]:
         raise
 
 
+def make_current(env: Any) -> None:
+    """Have OpenGL mean this simulation: before it draws, and before it frees what it drew with.
+
+    robosuite does so when a simulation is built, and never again. What is drawn after another one was built in the same
+    process has the other's textures and meshes, or noise once that is closed; and to close one frees the other's.
+
+    Args:
+        env: one of robosuite's.
+    """
+    context = env.sim._render_context_offscreen
+    if context is not None:
+        context.gl_ctx.make_current()
+
+
 class Gate:
     """A camera's sensor that draws only when it is open, and else hands out the last picture.
 
@@ -46,8 +60,8 @@ class Gate:
     and disabling the observable changes when it is read next. The gate changes neither.
     """
 
-    def __init__(self, sensor: Any, shape: tuple[int, int, int]) -> None:
-        self.sensor, self.open = sensor, False
+    def __init__(self, env: Any, sensor: Any, shape: tuple[int, int, int]) -> None:
+        self._env, self.sensor, self.open = env, sensor, False
         self.picture = np.zeros(shape, dtype=np.uint8)
         self.drawn = 0
         # robosuite sorts observations by this mark of a sensor function.
@@ -55,6 +69,7 @@ class Gate:
 
     def __call__(self, cache: dict[str, Any]) -> np.ndarray:
         if self.open:
+            make_current(self._env)
             self.picture = self.sensor(cache)
             self.drawn += 1
         return self.picture

@@ -14,7 +14,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from rlvla_envs.base import ActionComponent, Camera, EnvSpec, SuiteConfig
-from rlvla_envs.robocasa_gr1_standins import ASSETS, VERSION, generate, missing_files
+from rlvla_envs.robocasa_gr1_standins import ASSETS, generate, missing_files
+from rlvla_envs.robocasa_gr1_standins import VERSION as STAND_INS_VERSION
 from rlvla_envs.robocasa_gr1_tasks import STATE_NAMES, STATES_PER_TASK, STREAMS, chosen_tasks
 from rlvla_envs.slots import Slot, SlottedEnv, check_slotted, ready_at_home
 from rlvla_envs.stand_ins import FOLDER as STAND_INS
@@ -24,6 +25,9 @@ from rlvla_envs.suites import NotReadyError, Ready
 
 if TYPE_CHECKING:
     from rlvla_envs.robocasa_gr1_world import World
+
+VERSION = "2"
+"""2: each simulation of a process is drawn with its own meshes and textures."""
 
 HOME = Home(
     name="robocasa_gr1",
@@ -118,7 +122,7 @@ def find_assets(prefix: Path) -> Assets:
     absent = missing_files(package, package / ASSETS)
     if not absent:
         return Assets(package / ASSETS, "")
-    if is_current(prefix / STAND_INS, VERSION):
+    if is_current(prefix / STAND_INS, STAND_INS_VERSION):
         return Assets(
             prefix / STAND_INS,
             f"its assets in {prefix / STAND_INS} are boxes and grey pictures that `rlvla suites setup` generated. A "

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from rlvla_envs.common import quiet
-from rlvla_envs.mujoco_drawing import Gate, cured
+from rlvla_envs.mujoco_drawing import Gate, cured, make_current
 from rlvla_envs.robocasa_gr1_tasks import STREAMS
 from rlvla_envs.slots import Look
 
@@ -76,6 +76,8 @@ class World:
         self._env.rng = np.random.default_rng(seed)
         before = np.random.get_state()
         np.random.seed(seed % 2**32)
+        # A reset frees the cameras of the scene before.
+        make_current(self._env)
         try:
             with quiet(), cured("RoboCasa-GR1", "robocasa_gr1"):
                 seen = self._env.reset()
@@ -83,7 +85,7 @@ class World:
             np.random.set_state(before)
         # A reset builds the scene, and its cameras, anew.
         observable = self._env._observables[CAMERA]
-        self._gate = observable._sensor = Gate(observable._sensor, seen[CAMERA].shape)
+        self._gate = observable._sensor = Gate(self._env, observable._sensor, seen[CAMERA].shape)
         self._gate.picture = seen[CAMERA]
         # What the benchmark's data has as instructions; the first words say which joints may move.
         self.language = f"unlocked_waist: {self._env.get_ep_meta().get('lang', '')}"
@@ -99,10 +101,12 @@ class World:
     def film(self) -> UInt8[np.ndarray, "h w 3"]:
         """A picture for people."""
         width, height = FILM_SIZE
+        make_current(self._env)
         picture = self._env.sim.render(width=width, height=height, camera_name="egoview")
         return np.ascontiguousarray(picture[::-1])
 
     def close(self) -> None:
+        make_current(self._env)
         self._env.close()
 
     def _command(self, action: Float[np.ndarray, "29"]) -> Float[np.ndarray, " n"]:

@@ -1,5 +1,7 @@
 """When two observations are one, and what suites of absolute joint targets have in common."""
 
+from collections.abc import Callable, Sequence
+
 import numpy as np
 import pytest
 
@@ -15,6 +17,42 @@ def assert_equal(a: Observation, b: Observation) -> None:
     assert (a.state is None) == (b.state is None)
     if a.state is not None and b.state is not None:
         assert np.array_equal(a.state, b.state)
+
+
+def assert_each_simulation_draws_itself(build: Callable[..., VecEnv], states: Sequence[int]) -> None:
+    """Of one process that has a simulation for each of two slots, and of one that closes some to make room.
+
+    Args:
+        states: at least two, each of another task.
+    """
+    first: dict[int, tuple[Observation, Observation]] = {}
+
+    def episode(world: VecEnv, state: int) -> tuple[Observation, Observation]:
+        begun = world.reset([0], [state])
+        return begun, world.step_chunk([0], quiet_chunk(world, begun)).observation
+
+    one = build(1)
+    for state in states:
+        # Whatever was built last draws right in any case.
+        first[state] = episode(one, state)
+    for state in (*reversed(states), *states):
+        for found, expected in zip(episode(one, state), first[state], strict=True):
+            assert_equal(found, expected)
+    two = build(2)
+    a, b = states[:2]
+    begun = [two.reset([slot], [state]) for slot, state in enumerate((a, b))]
+    chunks = np.concatenate([quiet_chunk(two, seen) for seen in begun])
+    after = two.step_chunk([0, 1], chunks).observation
+    for slot, state in enumerate((a, b)):
+        assert_equal(begun[slot], first[state][0])
+        assert_equal(after.row(slot), first[state][1])
+
+
+def quiet_chunk(world: VecEnv, seen: Observation) -> np.ndarray:
+    """[1 H A]: hold still."""
+    if world.spec.action_size == 29:
+        return resting(seen, world.spec.chunk_size)
+    return np.zeros((1, world.spec.chunk_size, world.spec.action_size), dtype=np.float32)
 
 
 def resting(observation: Observation, length: int) -> np.ndarray:

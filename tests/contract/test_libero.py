@@ -11,7 +11,7 @@ from rlvla_envs.base import FIRST_TRAINING_STATE, ChunkResult, Demonstrator, Fil
 from rlvla_envs.libero import ACTION, CAMERAS
 from rlvla_envs.libero_names import NAMES
 from rlvla_envs.libero_tasks import axis_angle
-from tests.contract.same import assert_equal
+from tests.contract.same import assert_each_simulation_draws_itself, assert_equal
 
 pytestmark = pytest.mark.slow
 
@@ -180,6 +180,11 @@ def test_filming_shows_the_episode_and_does_not_touch_it(world: VecEnv) -> None:
     assert frame is not None
     assert frame.shape == (256, 256, 3)
     assert frame.std() > 5
+
+
+def test_each_simulation_draws_itself_beside_others_and_after_others_were_closed(build: Callable[..., VecEnv]) -> None:
+    # Three tasks with other objects: 50 states each.
+    assert_each_simulation_draws_itself(lambda slots: build(slots, task="0+3+4"), [0, 50, 100])
 
 
 def test_libero_pro_shows_its_own_scene_and_words(build: Callable[..., VecEnv], world: VecEnv) -> None:

@@ -10,6 +10,7 @@ from rlvla_envs.robocasa_gr1 import ACTION
 from rlvla_envs.robocasa_gr1_tasks import STATE_NAMES
 from rlvla_envs.suites import check_ready
 from tests.contract.same import (
+    assert_each_simulation_draws_itself,
     assert_equal_states_give_equal_episodes,
     assert_the_limit_truncates_the_second_chunk,
     resting,
@@ -62,6 +63,10 @@ def test_equal_states_give_equal_episodes_after_any_past_and_in_another_process(
     world: VecEnv, build: Callable[..., VecEnv]
 ) -> None:
     assert_equal_states_give_equal_episodes(world, build(1, options={"render_every_step": True}))
+
+
+def test_each_simulation_draws_itself_beside_others(build: Callable[..., VecEnv]) -> None:
+    assert_each_simulation_draws_itself(lambda slots: build(slots, task="0+1"), [3, 53])
 
 
 def test_the_limit_truncates_inside_a_chunk_and_shows_the_final_frame(world: VecEnv) -> None:
