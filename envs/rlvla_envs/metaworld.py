@@ -20,6 +20,9 @@ from rlvla_envs.suites import Ready
 if TYPE_CHECKING:
     from rlvla_envs.metaworld_world import World
 
+VERSION = "2"
+"""2: to close a simulation frees no other one's meshes."""
+
 HOME = Home(
     name="metaworld",
     modules=("metaworld", "mujoco"),

@@ -13,7 +13,7 @@ import numpy as np
 
 from rlvla_envs.common import turned
 from rlvla_envs.metaworld_tasks import proprioception
-from rlvla_envs.mujoco_drawing import cured
+from rlvla_envs.mujoco_drawing import close_renderer, cured
 from rlvla_envs.slots import Look
 
 if TYPE_CHECKING:
@@ -98,7 +98,7 @@ class World:
     def close(self) -> None:
         for renderer in (self._renderer, self._film_renderer):
             if renderer is not None:
-                renderer.close()
+                close_renderer(renderer)
         self._env.close()
 
     def _look(self, draw: bool) -> Look:

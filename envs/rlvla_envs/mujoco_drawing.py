@@ -53,6 +53,19 @@ def make_current(env: Any) -> None:
         context.gl_ctx.make_current()
 
 
+def close_renderer(renderer: Any) -> None:
+    """Close one of `mujoco.Renderer`.
+
+    Its own `close` gives the OpenGL context up first and then frees what it drew with: in whichever context of the
+    process is current, where these are the meshes and textures of another simulation.
+    """
+    if renderer._gl_context is not None and renderer._mjr_context is not None:
+        renderer._gl_context.make_current()
+        renderer._mjr_context.free()
+        renderer._mjr_context = None
+    renderer.close()
+
+
 class Gate:
     """A camera's sensor that draws only when it is open, and else hands out the last picture.
 

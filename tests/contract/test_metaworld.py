@@ -13,7 +13,7 @@ import pytest
 from rlvla_envs.base import FIRST_TRAINING_STATE, Demonstrator, SuiteConfig, VecEnv
 from rlvla_envs.metaworld import ACTION
 from rlvla_envs.metaworld_tasks import SUITE_TASKS, WORDS
-from tests.contract.same import assert_equal
+from tests.contract.same import assert_each_simulation_draws_itself, assert_equal
 
 pytestmark = pytest.mark.slow
 
@@ -29,6 +29,11 @@ def ask(python: str, code: str) -> Any:
     environment = {**os.environ, "PYTHONPATH": str(ENVS), "MUJOCO_GL": "osmesa"}
     said = subprocess.run([python, "-c", code], capture_output=True, text=True, check=True, env=environment).stdout
     return json.loads(said.splitlines()[-1])
+
+
+def test_each_simulation_draws_itself_beside_others_and_after_others_were_closed(build: Callable[..., VecEnv]) -> None:
+    tasks = "push-v3+drawer-open-v3+peg-insert-side-v3+window-open-v3"
+    assert_each_simulation_draws_itself(lambda slots: build(slots, task=tasks), [0, 50, 100, 150])
 
 
 def test_the_spec_describes_the_data(world: VecEnv) -> None:
