@@ -57,6 +57,7 @@ VARIANTS: dict[str, list[str]] = {
     "clone_best_of_8": ["algo.objective=clone", "algo.estimator=best_of_n", *GROUPS],
 }
 """What each changes of `TRAIN`."""
+OF_A_CRITIC = ("algo.value_", "algo.gamma=")
 FIRST_RECIPE = [
     *("suite=push_cube", "iterations=52", "episodes_per_iteration=128", "algo.gamma=0.9", "algo.target_kl=0.15"),
     *("algo.epochs=6", "algo.value_hidden_sizes=[256,256]", "eval.temperature=1.0"),
@@ -123,7 +124,7 @@ def settings_of_variant(name: str, words: list[str]) -> list[str]:
         return FIRST_RECIPE
     changed = VARIANTS[name]
     critic = not any(word.startswith("algo.estimator=") for word in changed)
-    return [*(word for word in words if critic or not word.startswith("algo.value_")), *changed]
+    return [*(word for word in words if critic or not word.startswith(OF_A_CRITIC)), *changed]
 
 
 def write_part(on: str, found: Found) -> None:
