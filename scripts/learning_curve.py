@@ -1,6 +1,14 @@
-"""How many environment steps a run of `rlvla train` took to an improvement, from the rows of its metrics.jsonl."""
+"""How many environment steps a run of `rlvla train` took to an improvement, from the rows of its metrics.jsonl.
 
+    .venv/bin/python scripts/learning_curve.py RUN/metrics.jsonl ... --until 28500
+
+Prints the mean success of the last 512 training episodes before so many environment steps.
+"""
+
+import argparse
+import json
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 BLOCK = 4
@@ -37,5 +45,26 @@ def steps_to_gain(seeds: Sequence[Rows], gain: float) -> list[int | None]:
     return [steps_to(rows, begin + gain) for rows in seeds]
 
 
+def success_until(rows: Rows, env_steps: int, episodes: int = 512) -> float:
+    """Mean rollout success of the last iterations that ended by then and have so many episodes together: of equally
+    many, however large an iteration is."""
+    ended = [row for row in rows if row["env_steps"] <= env_steps]
+    return _mean(ended[-max(1, episodes // int(rows[0]["rollout/episodes"])) :])
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("metrics", nargs="+", type=Path)
+    parser.add_argument("--until", type=int, required=True, help="environment steps")
+    arguments = parser.parse_args()
+    for path in arguments.metrics:
+        rows = [row for line in path.read_text().splitlines() if (row := json.loads(line))["kind"] == "iteration"]
+        print(f"{path}: {success_until(rows, arguments.until):.3f}")
+
+
 def _mean(rows: Rows) -> float:
     return float(sum(row["rollout/success"] for row in rows) / len(rows))
+
+
+if __name__ == "__main__":
+    main()

@@ -17,11 +17,11 @@ from rlvla_envs.slots import Slot, SlottedEnv, check_slotted, ready_at_home
 from rlvla_envs.suite_home import Home
 from rlvla_envs.suites import Ready
 
-VERSION = "2"
-"""2: each simulation of a process is drawn with its own meshes and textures."""
-
 if TYPE_CHECKING:
     from rlvla_envs.libero_world import World
+
+VERSION = "2"
+"""2: each simulation of a process is drawn with its own meshes and textures."""
 
 HOME = Home(
     name="libero",

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 sys.path.append(str(Path(__file__).resolve().parents[2] / "scripts"))
-from learning_curve import blocks, steps_to, steps_to_gain
+from learning_curve import blocks, steps_to, steps_to_gain, success_until
 
 
 def rows(*success: float) -> list[dict[str, float]]:
@@ -32,3 +32,16 @@ def test_a_gain_is_upon_the_mean_first_iteration_of_all_seeds() -> None:
     # Upon .4: the means of four are .5 and .55, .5 and .6.
     assert steps_to_gain([lucky, unlucky], 0.12) == [500, 500]
     assert steps_to_gain([lucky, unlucky], 0.18) == [None, 500]
+
+
+def test_success_until_is_of_equally_many_episodes_however_large_an_iteration_is() -> None:
+    def run(episodes: int, successes: list[float]) -> list[dict[str, float]]:
+        return [
+            {"env_steps": episodes * (i + 1), "rollout/success": rate, "rollout/episodes": episodes}
+            for i, rate in enumerate(successes)
+        ]
+
+    large, small = run(256, [0.1, 0.2, 0.4, 0.9]), run(128, [0.1, 0.1, 0.2, 0.2, 0.3, 0.5, 0.9, 0.9])
+    # The second and third 256 episodes of each: a mean of .3; what ended later does not count.
+    assert success_until(large, 800) == pytest.approx(0.3)
+    assert success_until(small, 800) == pytest.approx(0.3)
