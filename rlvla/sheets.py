@@ -234,9 +234,8 @@ def put(sheet: Images, rows: np.ndarray, seen: Observation) -> None:
             room[rows] = image
 
 
-def writer_at(address: Address | None) -> SheetWriter | None:
+def writer_at(address: Address) -> SheetWriter | None:
     """None where the memory is not within reach: on another machine, in another container, or of another user."""
-    if address is not None:
-        with suppress(OSError):
-            return SheetWriter(address)
+    with suppress(OSError):
+        return SheetWriter(address)
     return None
