@@ -7,12 +7,15 @@ Prints the mean success of the last 512 training episodes before so many environ
 
 import argparse
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 BLOCK = 4
-"""Iterations averaged to one point of the curve: one alone has a standard error of several points."""
+"""Iterations averaged to one point of a figure's curve: one alone has a standard error of several points."""
+STRETCH = 1024
+"""Training episodes that must succeed on average before a gain counts (standard error: 1.5 points). In episodes and not
+in iterations, or small iterations would have the luckier stretches."""
 
 Rows = Sequence[Mapping[str, Any]]
 
@@ -26,23 +29,28 @@ def blocks(rows: Rows) -> list[tuple[float, float]]:
 def steps_to(rows: Rows, success: float) -> int | None:
     """Environment steps after which rollouts succeed with at least this rate, in [0, 1].
 
-    Rollouts of BLOCK iterations in a row are averaged, so that no lucky iteration counts. None where a run never gets
-    there.
+    Rollouts of `STRETCH` training episodes in a row are averaged, so that no lucky iteration counts. None where a run
+    never gets there.
     """
-    for end in range(BLOCK, len(rows) + 1):
-        if _mean(rows[end - BLOCK : end]) >= success:
+    length = max(1, round(STRETCH / rows[0]["rollout/episodes"]))
+    for end in range(length, len(rows) + 1):
+        if _mean(rows[end - length : end]) >= success:
             return int(rows[end - 1]["env_steps"])
     return None
 
 
-def steps_to_gain(seeds: Sequence[Rows], gain: float) -> list[int | None]:
-    """For each seed of a recipe, what it took to succeed by ``gain`` more often than the SFT weights do.
+def success_at_first(runs: Iterable[Rows]) -> float:
+    """How often the rollouts of the weights that these runs began with succeed: of every run's first iteration, since
+    one alone would add its own error of several points to what is compared."""
+    first = [rows[0] for rows in runs]
+    episodes = sum(row["rollout/episodes"] for row in first)
+    return float(sum(row["rollout/success"] * row["rollout/episodes"] for row in first) / episodes)
 
-    Those make the rollouts of every seed's first iteration, so the mean of these is what is gained upon: one alone
-    would add its own error of several points to what is compared.
-    """
-    begin = sum(rows[0]["rollout/success"] for rows in seeds) / len(seeds)
-    return [steps_to(rows, begin + gain) for rows in seeds]
+
+def steps_to_gain(runs: Sequence[Rows], gain: float) -> list[int | None]:
+    """For each run from the same weights, what it took to succeed by ``gain`` more often than these do."""
+    begin = success_at_first(runs)
+    return [steps_to(rows, begin + gain) for rows in runs]
 
 
 def success_until(rows: Rows, env_steps: int, episodes: int = 512) -> float:

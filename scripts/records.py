@@ -44,8 +44,21 @@ def record_of(run: Path, name: str, seed: int, words: Sequence[str], checkpoint:
 
 
 def curve_of(record: Mapping[str, Any]) -> list[dict[str, float]]:
-    """The rows that `learning_curve` reads."""
-    return [{"env_steps": steps, "rollout/success": success} for steps, success in record["curve"]]
+    """The rows that `learning_curve` reads.
+
+    Raises:
+        ValueError: the words do not say how many episodes an iteration has.
+    """
+    key = "episodes_per_iteration="
+    given = [int(word.removeprefix(key)) for word in record["words"] if word.startswith(key)]
+    if not given:
+        raise ValueError(
+            f"{record['name']}, seed {record['seed']}: the words must have {key}; they are {record['words']}"
+        )
+    return [
+        {"env_steps": steps, "rollout/success": success, "rollout/episodes": given[-1]}
+        for steps, success in record["curve"]
+    ]
 
 
 class Records:

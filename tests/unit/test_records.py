@@ -10,7 +10,7 @@ sys.path.append(str(Path(__file__).resolve().parents[2] / "scripts"))
 from learning_curve import steps_to
 from records import Records, curve_of, record_of
 
-WORDS = ["suite=toy", "iterations=5"]
+WORDS = ["suite=toy", "iterations=5", "episodes_per_iteration=256"]
 
 
 def finished_run(folder: Path) -> Path:
@@ -39,9 +39,16 @@ def test_a_record_stands_for_its_run_where_the_run_is_gone(tmp_path: Path) -> No
     records.add(record)
     found = Records(records.path).of({"default": WORDS})["default"][3]
     assert (found["before"], found["after"]) == ([True, False], [True, True])
-    # Iterations of 0, .2, .4, .6, .8: the last four are .5 on average.
+    # Iterations of 0, .2, .4, .6, .8: the last four, 1,024 episodes, are .5 on average.
     assert steps_to(curve_of(found), 0.5) == 500
     assert found["minutes"] == 1.5
+
+
+def test_a_curve_needs_to_know_how_many_episodes_an_iteration_has(tmp_path: Path) -> None:
+    words = ["suite=toy", "iterations=5"]
+    record = record_of(finished_run(tmp_path / "run"), "default", 3, words, checkpoint(tmp_path / "a", b"1"))
+    with pytest.raises(ValueError, match="default, seed 3: the words must have episodes_per_iteration="):
+        curve_of(record)
 
 
 def test_where_a_checkpoint_lies_is_no_part_of_what_it_is(tmp_path: Path) -> None:
