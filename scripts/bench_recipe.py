@@ -15,7 +15,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from learning_curve import BLOCK, blocks, steps_to_gain
+from learning_curve import BLOCK, STRETCH, blocks, steps_to_gain
 from make_train import label, settings_of
 
 from rlvla.evaluate import Evaluation, compare
@@ -159,7 +159,10 @@ def transfer(output: Path, seeds: list[int]) -> Iterator[str]:
 def efficiency(runs: dict[int, RunFolder]) -> Iterator[str]:
     steps = steps_to_gain([run.iterations for run in runs.values()], 0.2)
     said = ", ".join("never" if one is None else f"{one:,}" for one in steps)
-    yield f"Environment steps until rollouts succeed 20 points more often than the SFT weights': {said}.\n"
+    yield (
+        f"Environment steps until {STRETCH} training episodes in a row succeed 20 points more often than the SFT "
+        f"weights': {said}.\n"
+    )
 
 
 def notes(run: RunFolder) -> list[str]:

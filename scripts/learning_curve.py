@@ -13,9 +13,10 @@ from typing import Any
 
 BLOCK = 4
 """Iterations averaged to one point of a figure's curve: one alone has a standard error of several points."""
-STRETCH = 1024
-"""Training episodes that must succeed on average before a gain counts (standard error: 1.5 points). In episodes and not
-in iterations, or small iterations would have the luckier stretches."""
+STRETCH = 512
+"""Training episodes that must succeed on average before a gain counts (standard error: 2 points). In episodes and not
+in iterations, or small iterations would have the luckier stretches; and few, because a stretch is itself what a gain
+costs at the least."""
 
 Rows = Sequence[Mapping[str, Any]]
 
@@ -53,7 +54,7 @@ def steps_to_gain(runs: Sequence[Rows], gain: float) -> list[int | None]:
     return [steps_to(rows, begin + gain) for rows in runs]
 
 
-def success_until(rows: Rows, env_steps: int, episodes: int = 512) -> float:
+def success_until(rows: Rows, env_steps: int, episodes: int = STRETCH) -> float:
     """Mean rollout success of the last iterations that ended by then and have so many episodes together: of equally
     many, however large an iteration is."""
     ended = [row for row in rows if row["env_steps"] <= env_steps]

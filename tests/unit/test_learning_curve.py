@@ -9,7 +9,7 @@ sys.path.append(str(Path(__file__).resolve().parents[2] / "scripts"))
 from learning_curve import blocks, steps_to, steps_to_gain, success_at_first, success_until
 
 
-def rows(*success: float, episodes: int = 256) -> list[dict[str, float]]:
+def rows(*success: float, episodes: int = 128) -> list[dict[str, float]]:
     """Iterations of 100 environment steps."""
     return [
         {"rollout/success": rate, "env_steps": 100 * (i + 1), "rollout/episodes": episodes}
@@ -21,7 +21,7 @@ def test_a_block_is_four_iterations_and_the_last_may_be_shorter() -> None:
     assert blocks(rows(0.1, 0.2, 0.3, 0.4, 0.6)) == [(400, pytest.approx(0.25)), (500, pytest.approx(0.6))]
 
 
-def test_1024_episodes_in_a_row_must_succeed_on_average() -> None:
+def test_512_episodes_in_a_row_must_succeed_on_average() -> None:
     # Means of four: .275, .35, .45, .55.
     curve = rows(0.1, 0.5, 0.1, 0.4, 0.4, 0.9, 0.5)
     assert steps_to(curve, 0.45) == 600
@@ -31,10 +31,10 @@ def test_1024_episodes_in_a_row_must_succeed_on_average() -> None:
 
 
 def test_small_iterations_are_averaged_over_as_many_episodes_as_large_ones() -> None:
-    # Of 512 episodes two make a stretch: .3, .3, .25, .4; of 1,024 and more each is one.
+    # Of 256 episodes two make a stretch: .3, .3, .25, .4; of 512 and more each is one.
     curve = (0.1, 0.5, 0.1, 0.4, 0.4)
-    assert steps_to(rows(*curve, episodes=512), 0.4) == 500
-    assert steps_to(rows(*curve, episodes=1024), 0.4) == 200
+    assert steps_to(rows(*curve, episodes=256), 0.4) == 500
+    assert steps_to(rows(*curve, episodes=512), 0.4) == 200
     assert steps_to(rows(*curve, episodes=3000), 0.4) == 200
 
 
@@ -46,8 +46,8 @@ def test_a_gain_is_upon_the_mean_first_iteration_of_all_runs() -> None:
 
 
 def test_the_first_iterations_count_by_their_episodes() -> None:
-    # 256 episodes at .5 and 64 at .3: (128 + 19.2) / 320.
-    assert success_at_first([rows(0.5, 0.9), rows(0.3, 0.9, episodes=64)]) == pytest.approx(0.46)
+    # 128 episodes at .5 and 32 at .3: (64 + 9.6) / 160.
+    assert success_at_first([rows(0.5, 0.9), rows(0.3, 0.9, episodes=32)]) == pytest.approx(0.46)
 
 
 def test_success_until_is_of_equally_many_episodes_however_large_an_iteration_is() -> None:

@@ -10,7 +10,7 @@ sys.path.append(str(Path(__file__).resolve().parents[2] / "scripts"))
 from learning_curve import steps_to
 from records import Records, curve_of, record_of
 
-WORDS = ["suite=toy", "iterations=5", "episodes_per_iteration=256"]
+WORDS = ["suite=toy", "iterations=5", "episodes_per_iteration=128"]
 
 
 def finished_run(folder: Path) -> Path:
@@ -39,7 +39,7 @@ def test_a_record_stands_for_its_run_where_the_run_is_gone(tmp_path: Path) -> No
     records.add(record)
     found = Records(records.path).of({"default": WORDS})["default"][3]
     assert (found["before"], found["after"]) == ([True, False], [True, True])
-    # Iterations of 0, .2, .4, .6, .8: the last four, 1,024 episodes, are .5 on average.
+    # Iterations of 0, .2, .4, .6, .8: the last four, 512 episodes, are .5 on average.
     assert steps_to(curve_of(found), 0.5) == 500
     assert found["minutes"] == 1.5
 
