@@ -63,10 +63,13 @@ FIRST_RECIPE = [
     *("algo.epochs=6", "algo.value_hidden_sizes=[256,256]", "eval.temperature=1.0"),
 ]
 """What first worked on PushCube (docs/benchmarks/tuning.md), going on for as many episodes as the others play."""
+HALF = "iterations=11"
+"""The recipe with fewer than half the environment steps; its KL target falls in as many iterations."""
+PUSH_CUBE_ONLY = ["first_recipe", "half"]
 
 
 SEEDS = {"toy": [0, 1, 2, 3, 4], "push_cube": [0, 1, 2]}
-NAMES = {"toy": list(VARIANTS), "push_cube": [*VARIANTS, "first_recipe"]}
+NAMES = {"toy": list(VARIANTS), "push_cube": [*VARIANTS, *PUSH_CUBE_ONLY]}
 FIGURES = {"toy": PAGE.with_suffix(".svg"), "push_cube": PAGE.with_name("algorithms-push_cube.svg")}
 Found = dict[str, dict[int, dict[str, Any]]]
 """Finished cells by variant and seed."""
@@ -75,7 +78,7 @@ Found = dict[str, dict[int, dict[str, Any]]]
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--on", choices=list(SEEDS), default="toy", help="where to fill cells")
-    parser.add_argument("--only", nargs="+", choices=[*VARIANTS, "first_recipe"], help="instead of those named above")
+    parser.add_argument("--only", nargs="+", choices=[*VARIANTS, *PUSH_CUBE_ONLY], help="instead of those named above")
     parser.add_argument("--seeds", nargs="+", type=int, help="0 to 4 on the toy, 0 to 2 on PushCube if absent")
     parser.add_argument("--parallel", type=int, default=os.cpu_count() or 1, help="cells at once on the toy")
     parser.add_argument("--output", type=Path, default=ROOT / "runs" / "algorithms")
@@ -95,7 +98,7 @@ def main() -> None:
             checkpoint = sft(output / "sft", *SFT, "policy=pi0_toy", f"dataset={data}")
         else:
             checkpoint = prepare(recipe, output, Minutes(output / "minutes.json")) / "policy"
-        names = arguments.only or (list(VARIANTS) if on == "toy" else ["default", "first_recipe", *best(found["toy"])])
+        names = arguments.only or (list(VARIANTS) if on == "toy" else ["default", *PUSH_CUBE_ONLY, *best(found["toy"])])
         # On PushCube one after another: a run takes all cores, with its simulators and then with its update.
         threads, parallel = (1, arguments.parallel) if on == "toy" else (os.cpu_count() or 1, 1)
         # Seed after seed, so that a call that is stopped has every algorithm once.
@@ -122,6 +125,8 @@ def settings_of_variant(name: str, words: list[str]) -> list[str]:
     """``words`` as a variant changes them; what only a critic reads is left out where there is none."""
     if name == "first_recipe":
         return FIRST_RECIPE
+    if name == "half":
+        return [HALF if word.startswith("iterations=") else word for word in words]
     changed = VARIANTS[name]
     critic = not any(word.startswith("algo.estimator=") for word in changed)
     return [*(word for word in words if critic or not word.startswith(OF_A_CRITIC)), *changed]
@@ -192,23 +197,25 @@ def on_push_cube(found: Found) -> str:
         steps = ", ".join("never" if one is None else f"{one:,}" for one in reached)
         # The least disturbed run: others may have shared the machine.
         minutes = min(one["minutes"] for one in found[name].values())
-        ahead = over_default(found, name)
-        rows.append(f"| {name} | {' | '.join(columns(found[name]))} | {ahead} | {steps} | {minutes:.1f} |")
+        played = sum(one["env_steps"] for one in found[name].values()) / len(found[name])
+        cells = [name, *columns(found[name]), over_default(found, name), steps, f"{played:,.0f}", f"{minutes:.1f}"]
+        rows.append(f"| {' | '.join(cells)} |")
     few = [name for name, runs in found.items() if len(runs) < len(SEEDS["push_cube"])]
     unfinished = f"\n**Unfinished.** Fewer than {len(SEEDS['push_cube'])} seeds: {', '.join(few)}.\n" if few else ""
     return f"""
 ## On PushCube
 
 The default and those that were best on the toy, with the [recipe](push_cube.md) of `make train`: Qwen-VLA's tiny model,
-rendered images, 26 iterations of 256 episodes. `first_recipe` is what first worked here (`{" ".join(FIRST_RECIPE)}`).
+rendered images, 26 iterations of 256 episodes. `first_recipe` is what first worked here (`{" ".join(FIRST_RECIPE)}`), `half` the default with `{HALF}`.
 "Steps to +20" are environment steps until {STRETCH:,} training episodes in a row succeed 20 points more often than those
 that the SFT weights played, which are the first iterations of all rows: {", ".join(f"{one:.3f}" for one in begin.values())}. Minutes are the quickest seed's:
 some ran two at a time.
 {unfinished}
-| | seeds | before -> after | points | p | over the default | steps to +20, by seed | minutes |
-|---|---|---|---|---|---|---|---|
+| | seeds | before -> after | points | p | over the default | steps to +20, by seed | environment steps | minutes |
+|---|---|---|---|---|---|---|---|---|
 {chr(10).join(rows)}
 
+{half_the_steps(found)}
 {why_the_default(found)}
 ![Success after training, with 95% intervals](algorithms-push_cube.svg)
 
@@ -230,6 +237,22 @@ def ahead_of_default(found: Found, name: str) -> tuple[float, float] | None:
         return None
     default, variant = ([bool(o) for seed in seeds for o in found[key][seed]["after"]] for key in ("default", name))
     return 100 * (sum(variant) - sum(default)) / len(variant), mcnemar_exact(default, variant)
+
+
+def half_the_steps(found: Found) -> str:
+    """What half of the steps gain on held-back states, beside all of those of what first worked, on seeds of both."""
+    seeds = sorted(set(found.get("half", {})) & set(found.get("first_recipe", {})))
+    if not seeds:
+        return ""
+    half, first = ({seed: found[name][seed] for seed in seeds} for name in ("half", "first_recipe"))
+    played, whole = (sum(one["env_steps"] for one in runs.values()) / len(seeds) for runs in (half, first))
+    p = mcnemar_exact(*([bool(o) for seed in seeds for o in runs[seed]["after"]] for runs in (first, half)))
+    return (
+        f"**Half the steps.** On held-back states `half` gains {100 * gain(half)[0]:+.1f} points in {played:,.0f} "
+        f"environment steps, `first_recipe`\n{100 * gain(first)[0]:+.1f} in {whole:,.0f}: "
+        f"{played / whole:.2f} of the steps (seeds {', '.join(map(str, seeds))} of both; p {p:.0e} between what they "
+        "are after it).\n"
+    )
 
 
 def over_default(found: Found, name: str) -> str:
