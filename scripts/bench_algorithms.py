@@ -195,7 +195,7 @@ def on_push_cube(found: Found) -> str:
     for name in ranked(found):
         reached = [steps_to(curve_of(one), begin[one["checkpoint"]] + 0.2) for one in found[name].values()]
         steps = ", ".join("never" if one is None else f"{one:,}" for one in reached)
-        # The least disturbed run: others may have shared the machine.
+        # The least disturbed run.
         minutes = min(one["minutes"] for one in found[name].values())
         played = sum(one["env_steps"] for one in found[name].values()) / len(found[name])
         cells = [name, *columns(found[name]), over_default(found, name), steps, f"{played:,.0f}", f"{minutes:.1f}"]
@@ -209,7 +209,7 @@ The default and those that were best on the toy, with the [recipe](push_cube.md)
 rendered images, 26 iterations of 256 episodes. `first_recipe` is what first worked here (`{" ".join(FIRST_RECIPE)}`), `half` the default with `{HALF}`.
 "Steps to +20" are environment steps until {STRETCH:,} training episodes in a row succeed 20 points more often than those
 that the SFT weights played, which are the first iterations of all rows: {", ".join(f"{one:.3f}" for one in begin.values())}. Minutes are the quickest seed's:
-some ran two at a time.
+most cells shared the machine, some with three others.
 {unfinished}
 | | seeds | before -> after | points | p | over the default | steps to +20, by seed | environment steps | minutes |
 |---|---|---|---|---|---|---|---|---|
@@ -230,40 +230,40 @@ def begun_with(found: Found) -> dict[str, float]:
     return {key: success_at_first(curve_of(one) for one in runs if one["checkpoint"] == key) for key in checkpoints}
 
 
-def ahead_of_default(found: Found, name: str) -> tuple[float, float] | None:
-    """Points of success after training that a variant is ahead of the default, on the same states and seeds, and p."""
-    seeds = sorted(set(found.get("default", {})) & set(found[name]))
-    if name == "default" or not seeds:
+def points_ahead(found: Found, name: str, of: str = "default") -> tuple[float, float] | None:
+    """Points of success after training that a row is ahead of another, on equal states and seeds, and McNemar's p."""
+    seeds = sorted(set(found.get(of, {})) & set(found.get(name, {})))
+    if name == of or not seeds:
         return None
-    default, variant = ([bool(o) for seed in seeds for o in found[key][seed]["after"]] for key in ("default", name))
-    return 100 * (sum(variant) - sum(default)) / len(variant), mcnemar_exact(default, variant)
+    other, own = ([bool(o) for seed in seeds for o in found[key][seed]["after"]] for key in (of, name))
+    return 100 * (sum(own) - sum(other)) / len(own), mcnemar_exact(other, own)
 
 
 def half_the_steps(found: Found) -> str:
     """What half of the steps gain on held-back states, beside all of those of what first worked, on seeds of both."""
-    seeds = sorted(set(found.get("half", {})) & set(found.get("first_recipe", {})))
-    if not seeds:
+    compared = points_ahead(found, "half", of="first_recipe")
+    if compared is None:
         return ""
+    seeds = sorted(set(found["half"]) & set(found["first_recipe"]))
     half, first = ({seed: found[name][seed] for seed in seeds} for name in ("half", "first_recipe"))
     played, whole = (sum(one["env_steps"] for one in runs.values()) / len(seeds) for runs in (half, first))
-    p = mcnemar_exact(*([bool(o) for seed in seeds for o in runs[seed]["after"]] for runs in (first, half)))
     return (
         f"**Half the steps.** On held-back states `half` gains {100 * gain(half)[0]:+.1f} points in {played:,.0f} "
         f"environment steps, `first_recipe`\n{100 * gain(first)[0]:+.1f} in {whole:,.0f}: "
-        f"{played / whole:.2f} of the steps (seeds {', '.join(map(str, seeds))} of both; p {p:.0e} between what they "
-        "are after it).\n"
+        f"{played / whole:.2f} of the steps, {compared[0]:+.1f} points (seeds {', '.join(map(str, seeds))} of both; "
+        f"p {compared[1]:.0e}).\n"
     )
 
 
 def over_default(found: Found, name: str) -> str:
-    compared = ahead_of_default(found, name)
+    compared = points_ahead(found, name)
     return f"{compared[0]:+.1f}, p {compared[1]:.0e}" if compared else "-"
 
 
 def why_the_default(found: Found) -> str:
     """What a reader asks where the default is not the best row; empty where it is."""
     first = ranked(found)[0]
-    compared = ahead_of_default(found, first)
+    compared = points_ahead(found, first)
     if compared is None:
         return ""
     points, p = compared
