@@ -57,7 +57,7 @@ def connect(config: ClusterConfig, num_actors: int) -> Any:
     quiet: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.ERROR}
     if config.address is None:
         with _our_own_sigterm():
-            ray.init(
+            started: Any = ray.init(
                 # Without it Ray joins whatever cluster it finds on the machine.
                 address="local",
                 num_cpus=max(num_actors, os.cpu_count() or 1),
@@ -65,7 +65,7 @@ def connect(config: ClusterConfig, num_actors: int) -> Any:
                 object_store_memory=OBJECT_STORE_BYTES,
                 **quiet,
             )
-        _end_agents_with_this_process()
+        _end_with_this_process(started.address_info["session_dir"])
         return cast(Any, ray)
     try:
         with _our_own_sigterm():
@@ -94,15 +94,16 @@ _watchers: list["subprocess.Popen[bytes]"] = []
 """One for each Ray that was started here. Their input is open as long as this process lives."""
 
 
-def _end_agents_with_this_process() -> None:
-    """See `rlvla.ray_agents`. In a session of its own: neither Ctrl-C nor the death of our process group reaches it."""
+def _end_with_this_process(session: str) -> None:
+    """See `rlvla.ray_remains`. In a session of its own: neither Ctrl-C nor the end of our process group reaches it."""
     if not sys.platform.startswith("linux"):
         return
     _forget_watchers()
-    program = str(Path(__file__).with_name("ray_agents.py"))
+    program = str(Path(__file__).with_name("ray_remains.py"))
+    logs = str(Path(session).resolve() / "logs")
     _watchers.append(
         subprocess.Popen(
-            [sys.executable, "-I", "-S", program, str(os.getpid())],
+            [sys.executable, "-I", "-S", program, logs],
             stdin=subprocess.PIPE,
             stdout=subprocess.DEVNULL,
             stderr=subprocess.DEVNULL,

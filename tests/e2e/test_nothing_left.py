@@ -162,11 +162,13 @@ def test_after_ctrl_c_or_a_schedulers_sigterm_nothing_is_left_and_the_run_goes_o
 
 
 @pytest.mark.slow
-def test_nothing_outlives_a_driver_that_is_killed(policy: Path, tmp_path: Path) -> None:
+def test_nothing_outlives_a_driver_that_is_killed_not_even_an_actor_that_hangs(policy: Path, tmp_path: Path) -> None:
     run = tmp_path / "run"
     first = Started("train", *TOY, *TRAIN, f"policy={policy}", f"output={run}")
     try:
         first.wait_until_it_works(run, 1)
+        hung = next(pid for pid, said in first.look().items() if "ray::SimulatorHost" in said)
+        os.kill(hung, signal.SIGSTOP)
         first.process.kill()
         first.process.wait()
         first.require_nothing_left()
