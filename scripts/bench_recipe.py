@@ -57,7 +57,10 @@ def main() -> None:
 def render(recipe: str, policy: str | None, output: Path, runs: dict[int, RunFolder]) -> str:
     first = next(iter(runs.values()))
     minutes = json.loads((output / "minutes.json").read_text())
-    v = {key: first.versions.get(key, "?") for key in ("cpu", "python", "torch", "mani_skill", "git_commit")}
+    v = {
+        key: ", ".join(dict.fromkeys(str(run.versions.get(key, "?")) for run in runs.values()))
+        for key in ("cpu", "python", "torch", "mani_skill", "git_commit")
+    }
     commands = "\n".join(f"rlvla {verb} {shlex.join(words)}" for verb, words in settings_of(recipe, policy).items())
     replaced = f" with policy={policy}" if policy else ""
     comparisons = {seed: run.comparison for seed, run in runs.items()}
