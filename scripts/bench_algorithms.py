@@ -271,7 +271,7 @@ def why_the_default(found: Found) -> str:
     return (
         f"`{first}` is {points:.1f} points ahead of the default; it was picked from {rivals}, and corrected for that "
         f"(Bonferroni) p is {min(1.0, rivals * p):.2g}.\n"
-        "A default changes when both the toy and PushCube show the same, over all seeds.\n"
+        "A default changes when both the toy and PushCube show the same over all seeds, with a corrected p below .05.\n"
     )
 
 

@@ -101,7 +101,8 @@ class Records:
                 )
             record["before"], record["after"] = ([bit == "1" for bit in record[key]] for key in ("before", "after"))
             found.setdefault(record["name"], {})[record["seed"]] = record
-        return found
+        # Cells are finished in any order, by several machines; a page names seeds by their order.
+        return {name: dict(sorted(seeds.items())) for name, seeds in found.items()}
 
 
 def _weights(folder: Path) -> str:

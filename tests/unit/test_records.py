@@ -58,6 +58,14 @@ def test_where_a_checkpoint_lies_is_no_part_of_what_it_is(tmp_path: Path) -> Non
     assert hashes[0] == hashes[1] != hashes[2]
 
 
+def test_seeds_are_in_their_order_whichever_was_finished_first(tmp_path: Path) -> None:
+    run, began = finished_run(tmp_path / "run"), checkpoint(tmp_path / "a", b"1")
+    records = Records(tmp_path / "cells.jsonl")
+    for seed in (0, 2, 1):
+        records.add(record_of(run, "rloo", seed, WORDS, began))
+    assert list(records.of({"rloo": WORDS})["rloo"]) == [0, 1, 2]
+
+
 def test_cells_of_another_checkpoint_or_other_words_share_no_table(tmp_path: Path) -> None:
     run = finished_run(tmp_path / "run")
     records = Records(tmp_path / "cells.jsonl")
