@@ -65,9 +65,7 @@ FIRST_RECIPE = [
 """What first worked on PushCube (docs/benchmarks/tuning.md), going on for as many episodes as the others play."""
 HALF = "iterations=11"
 """The recipe with fewer than half the environment steps; its KL target falls in as many iterations."""
-HALVES = {"half": "default", "half_rloo": "rloo"}
-"""The rows with HALF and nothing else changed, and of what."""
-PUSH_CUBE_ONLY = ["first_recipe", *HALVES]
+PUSH_CUBE_ONLY = ["first_recipe", "half"]
 
 
 SEEDS = {"toy": [0, 1, 2, 3, 4], "push_cube": [0, 1, 2]}
@@ -127,9 +125,8 @@ def settings_of_variant(name: str, words: list[str]) -> list[str]:
     """``words`` as a variant changes them; what only a critic reads is left out where there is none."""
     if name == "first_recipe":
         return FIRST_RECIPE
-    if name in HALVES:
-        whole = settings_of_variant(HALVES[name], words)
-        return [HALF if word.startswith("iterations=") else word for word in whole]
+    if name == "half":
+        return [HALF if word.startswith("iterations=") else word for word in words]
     changed = VARIANTS[name]
     critic = not any(word.startswith("algo.estimator=") for word in changed)
     return [*(word for word in words if critic or not word.startswith(OF_A_CRITIC)), *changed]
@@ -209,8 +206,7 @@ def on_push_cube(found: Found) -> str:
 ## On PushCube
 
 The default and those that were best on the toy, with the [recipe](push_cube.md) of `make train`: Qwen-VLA's tiny model,
-rendered images, 26 iterations of 256 episodes. `first_recipe` is what first worked here (`{" ".join(FIRST_RECIPE)}`), `half` the
-default and `half_rloo` RLOO with `{HALF}`.
+rendered images, 26 iterations of 256 episodes. `first_recipe` is what first worked here (`{" ".join(FIRST_RECIPE)}`), `half` the default with `{HALF}`.
 "Steps to +20" are environment steps until {STRETCH:,} training episodes in a row succeed 20 points more often than those
 that the SFT weights played, which are the first iterations of all rows: {", ".join(f"{one:.3f}" for one in begin.values())}. Minutes are the quickest seed's:
 most cells shared the machine, some with three others.
@@ -245,21 +241,17 @@ def points_ahead(found: Found, name: str, of: str = "default") -> tuple[float, f
 
 def half_the_steps(found: Found) -> str:
     """What half of the steps gain on held-back states, beside all of those of what first worked, on seeds of both."""
-    said = [one for name in HALVES if (one := half_beside_first(found, name))]
-    return f"**Half the steps**, on held-back states:\n\n{''.join(said)}" if said else ""
-
-
-def half_beside_first(found: Found, name: str) -> str:
-    compared = points_ahead(found, name, of="first_recipe")
+    compared = points_ahead(found, "half", of="first_recipe")
     if compared is None:
         return ""
-    seeds = sorted(set(found[name]) & set(found["first_recipe"]))
-    half, first = ({seed: found[row][seed] for seed in seeds} for row in (name, "first_recipe"))
+    seeds = sorted(set(found["half"]) & set(found["first_recipe"]))
+    half, first = ({seed: found[name][seed] for seed in seeds} for name in ("half", "first_recipe"))
     played, whole = (sum(one["env_steps"] for one in runs.values()) / len(seeds) for runs in (half, first))
     return (
-        f"* `{name}` gains {100 * gain(half)[0]:+.1f} points in {played:,.0f} environment steps, `first_recipe` "
-        f"{100 * gain(first)[0]:+.1f} in {whole:,.0f}:\n  {played / whole:.2f} of the steps, {compared[0]:+.1f} points "
-        f"(seeds {', '.join(map(str, seeds))} of both; p {compared[1]:.0e}).\n"
+        f"**Half the steps.** On held-back states `half` gains {100 * gain(half)[0]:+.1f} points in {played:,.0f} "
+        f"environment steps, `first_recipe`\n{100 * gain(first)[0]:+.1f} in {whole:,.0f}: "
+        f"{played / whole:.2f} of the steps, {compared[0]:+.1f} points (seeds {', '.join(map(str, seeds))} of both; "
+        f"p {compared[1]:.0e}).\n"
     )
 
 
